@@ -19,7 +19,7 @@ from .core import UserError, get_device, read_json, write_json
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
     param_groups, schedule, seed_step, start_epoch)
 
-# %% ../nbs/10_training.ipynb #828df591
+# %% ../nbs/10_training.ipynb #dd6813ae
 @dataclass
 class TrainState:
     "Where a run stands."
@@ -28,6 +28,7 @@ class TrainState:
     best: float | None = None                 # lowest validation loss
     stale: int = 0                            # epochs since then
     seconds: float = 0.0                      # time spent
+    lr: float = 0.0                           # of the last step
     finished: bool = False
     sums: dict = field(default_factory=dict)  # of the epoch in hand
 
@@ -67,12 +68,12 @@ def progress(self: Trainer) -> float:
     "Share of the run behind us: of the steps, or of the time budget where that is more."
     return max((self.state.step + 1) / (self.n_steps + 1), self.elapsed() / (self.config.max_seconds or math.inf))
 
-# %% ../nbs/10_training.ipynb #dbe30482
+# %% ../nbs/10_training.ipynb #8ea8c040
 @patch
 def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     "One step along the gradient. Raises `UserError` where the loss is no number any more."
-    for group in self.optimizer.param_groups:
-        group['lr'] = self.config.lr * group['scale'] * schedule(self.progress(), self.config.warmup)
+    self.state.lr = self.config.lr * schedule(self.progress(), self.config.warmup)
+    for group in self.optimizer.param_groups: group['lr'] = self.state.lr * group['scale']
     self.model.train()
     with self.accelerator.autocast(): total, n, shown = self.loss_fn(self.model, batch)
     loss = total / n
@@ -144,15 +145,14 @@ def batches(self: Trainer):
         batch = next(rest)
         if step >= self.state.step: yield send_to_device(batch, self.device)
 
-# %% ../nbs/10_training.ipynb #49f4ffcd
+# %% ../nbs/10_training.ipynb #66a75826
 @patch
 def close_epoch(self: Trainer, dev: dict):
     "Take note of an epoch: history, best model, last state, and whether it is enough."
     s, config = self.state, self.config
     s.epoch += 1
-    row = {'epoch': s.epoch, 'step': s.step, 'lr': self.optimizer.param_groups[0]['lr'],
-           **{f'train_{k}': v for k, v in means(s.sums).items()}, **{f'dev_{k}': v for k, v in dev.items()},
-           'seconds': round(self.elapsed(), 1)}
+    row = {'epoch': s.epoch, 'step': s.step, 'lr': s.lr, **{f'train_{k}': v for k, v in means(s.sums).items()},
+           **{f'dev_{k}': v for k, v in dev.items()}, 'seconds': round(self.elapsed(), 1)}
     better = s.best is None or dev['loss'] < s.best
     s.best, s.stale, s.sums = (dev['loss'], 0, {}) if better else (s.best, s.stale + 1, {})
     s.finished = self.progress() >= 1 or bool(config.patience and s.stale >= config.patience)
@@ -189,14 +189,14 @@ def fit(self: Trainer,
     except torch.OutOfMemoryError as e: raise UserError('out of memory: take smaller batches') from e
     return self.history
 
-# %% ../nbs/10_training.ipynb #05ae1be8
+# %% ../nbs/10_training.ipynb #97d854c7
 @patch
 def fit_epoch(self: Trainer, stop, bar):
     "The rest of an epoch, its evaluation and its saving."
     for batch in self.batches():
+        if stop and stop.asked: self.interrupt()
         bar.set_postfix(loss=f'{self.train_step(batch):.3f}', refresh=False)
         bar.update()
-        if stop.asked: self.interrupt()
         if self.config.save_every and self.state.step % self.config.save_every == 0: self.save()
         if self.progress() >= 1: break
     dev = self.evaluate(stop)

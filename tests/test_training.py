@@ -1,0 +1,392 @@
+"""The trainer: resumed runs are equal to the last bit, nothing saved is ever lost, and every mistake is one clear line."""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from multimodal.checkpoint import atomic_folder, load_tensors, read_history, recover_folder, save_tensors
+from multimodal.core import UserError
+from multimodal.optim import Ema, TrainConfig, add_sums, choose_precision, means, param_groups, schedule
+from multimodal.training import Interrupted, Trainer
+
+
+class Noisy(Dataset):
+    "Items that draw from every global generator there is, as a careless augmentation would."
+    def __len__(self): return 30
+    def __getitem__(self, i):
+        x = torch.tensor([i / 30, random.random(), float(np.random.rand())])
+        return x + 0.1 * torch.randn(3), i % 2
+
+
+class Net(nn.Module):
+    "Dropout, batch norm, a tied weight and a frozen part."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(3, 8).requires_grad_(False)
+        self.body = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh())
+        self.embed, self.head = nn.Embedding(2, 8), nn.Linear(8, 2, bias=False)
+        self.head.weight = self.embed.weight
+    def forward(self, x): return self.head(self.body(self.frozen(x)))
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    logits = model(x)
+    return F.cross_entropy(logits, y, reduction='sum'), len(y), {'accuracy': (logits.argmax(1) == y).sum()}
+
+
+def loader(workers=0):
+    return DataLoader(Noisy(), batch_size=4, shuffle=True, generator=torch.Generator(), num_workers=workers)
+
+
+DEV = [(torch.linspace(0, 1, 24).view(8, 3), torch.arange(8) % 2)]
+CONFIG = TrainConfig(epochs=3, lr=0.01, ema=0.9, precision='fp32')        # 8 steps an epoch, 24 in all
+
+
+def trainer(folder=None, config=CONFIG, loss=loss_fn, workers=0, **kw):
+    return Trainer(Net(), loss, loader(workers), DEV, config, folder, device='cpu', **{'say': lambda line: None, **kw})
+
+
+def facts(t):
+    "All that a run ends with, but for the time it took."
+    rows = [{k: v for k, v in r.items() if k != 'seconds'} for r in t.history]
+    return rows, {**t.model.state_dict(), **{f'ema.{k}': v for k, v in (t.ema.model.state_dict() if t.ema else {}).items()}}
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    assert a[1].keys() == b[1].keys()
+    for k in a[1]: assert torch.equal(a[1][k], b[1][k]), k
+
+
+@pytest.fixture(scope='module')
+def straight():
+    t = trainer()
+    t.fit()
+    return facts(t)
+
+
+class CtrlC:
+    "A loss function during whose n-th call (training and validation counted together) Ctrl-C is pressed."
+    def __init__(self, n): self.left = n
+    def __call__(self, model, batch):
+        self.left -= 1
+        if self.left == 0: signal.raise_signal(signal.SIGINT)
+        return loss_fn(model, batch)
+
+
+@pytest.mark.parametrize('call', [1, 5, 8, 9, 10, 18, 26, 27])      # 9, 18, 27 are validation; 8 and 26 an epoch's last step
+def test_resumed_is_bit_identical_wherever_it_was_stopped(tmp_path, straight, call):
+    stopped = trainer(tmp_path/'run', loss=CtrlC(call))
+    try:
+        stopped.fit()
+        assert call == 27                                           # the very last validation: nothing is left to stop
+    except Interrupted as e:
+        assert 'To go on' in str(e) and stopped.state.step == call - call // 9
+    resumed = trainer(tmp_path/'run')
+    resumed.fit(resume=True)
+    assert_same(facts(resumed), straight)
+
+
+def test_stopped_twice_and_in_workers(tmp_path):
+    once = trainer(workers=2)
+    once.fit()
+    for call in (3, 4):
+        t = trainer(tmp_path/'run', loss=CtrlC(call), workers=2)
+        with pytest.raises(Interrupted): t.fit(resume=call != 3)
+    last = trainer(tmp_path/'run', workers=2)
+    last.fit(resume=True)
+    assert_same(facts(last), facts(once))
+
+
+def test_randomness_matters_at_all(straight):
+    "Else the tests above would be worth nothing: another seed gives another run."
+    t = trainer(config=replace(CONFIG, seed=1))
+    t.fit()
+    assert facts(t)[0] != straight[0]
+
+
+SCRIPT = '''
+import sys, time
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_training as tt
+slow = lambda model, batch: (time.sleep(0.02), tt.loss_fn(model, batch))[1]
+t = tt.trainer(sys.argv[1], loss=slow, config=tt.replace(tt.CONFIG, save_every=1), say=lambda l: print(l, flush=True))
+try: t.fit(resume='resume' in sys.argv)
+except KeyboardInterrupt as e: print(e); sys.exit(130)
+'''
+
+
+def start(folder, *args):
+    here = Path(__file__).resolve().parent
+    code = SCRIPT.format(tests=str(here), root=str(here.parent))
+    return subprocess.Popen([sys.executable, '-c', code, str(folder), *args], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_real_processes_stopped_and_killed(tmp_path, straight):
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    processes = [start(tmp_path/str(sig)) for sig in signals]
+    for sig, p in zip(signals, processes):
+        assert 'epoch 1/3' in p.stdout.readline()
+        p.send_signal(sig)
+    for sig, p in zip(signals, processes):
+        out, err = p.communicate(timeout=60)
+        if sig == signal.SIGKILL: assert p.returncode == -9
+        else:
+            assert p.returncode == 130 and 'saved in' in out and 'To go on' in out
+            assert 'Stopping after this step' in err
+        t = trainer(tmp_path/str(sig), config=replace(CONFIG, save_every=1))
+        t.fit(resume=True)
+        assert t.state.step == 24
+        assert_same(facts(t), straight)
+
+
+def test_a_crash_at_any_moment_of_saving_leaves_a_state_that_resumes(tmp_path, straight):
+    "A second process dies at its n-th operation on files, without any clean-up; then we resume."
+    one = trainer(tmp_path/'one', loss=CtrlC(12))
+    with pytest.raises(Interrupted): one.fit()
+    moment, ended = 0, False
+    while not ended:
+        moment += 1
+        run = tmp_path/str(moment)
+        shutil.copytree(tmp_path/'one', run)
+        pid = os.fork()
+        if pid == 0:
+            left = [moment]
+            def die(event, args):
+                if event in ('os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'shutil.rmtree') or \
+                        event == 'open' and isinstance(args[0], (str, Path)) and str(run) in str(args[0]):
+                    left[0] -= 1
+                    if not left[0]: os._exit(1)
+            t = trainer(run)
+            t.load()
+            sys.addaudithook(die)
+            t.fit_epoch(None, tqdm(disable=True))
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        load_tensors(recover_folder(run/'best')/'model.safetensors')
+        t = trainer(run)
+        t.load()
+        if moment % 4 == 0 or ended:                                # to the end from each would take long
+            t.fit(resume=True)
+            assert_same(facts(t), straight)
+    assert moment > 20
+
+
+def test_disk_full_loses_nothing(tmp_path, straight):
+    "Files may not grow beyond 1 kB from the second epoch on: writing fails for real, half-way."
+    t = trainer(tmp_path/'run', config=replace(CONFIG, ema=0.9))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    t.say = lambda line: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match='what was saved before is still whole'): t.fit()
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [p for p in (tmp_path/'run').iterdir() if p.name.startswith('.')]
+    again = trainer(tmp_path/'run')
+    again.fit(resume=True)
+    assert_same(facts(again), straight)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.safetensors', 'ema.safetensors', 'state.json'])
+@pytest.mark.parametrize('harm', ['gone', 'cut', 'empty'])
+def test_a_half_written_state_is_one_clear_line(tmp_path, name, harm):
+    t = trainer(tmp_path/'run', loss=CtrlC(3))
+    with pytest.raises(Interrupted): t.fit()
+    path = tmp_path/'run'/'last'/name
+    if harm == 'gone': path.unlink()
+    else: path.write_bytes(path.read_bytes()[:40] if harm == 'cut' else b'')
+    with pytest.raises(UserError) as e: trainer(tmp_path/'run').fit(resume=True)
+    assert name in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_state_of_another_model_or_configuration_is_refused(tmp_path):
+    t = trainer(tmp_path/'run', loss=CtrlC(3))
+    with pytest.raises(Interrupted): t.fit()
+    with pytest.raises(UserError, match='lr=0.01, not 0.5'): trainer(tmp_path/'run', config=replace(CONFIG, lr=0.5)).fit(True)
+    state = tmp_path/'run'/'last'/'state.json'
+    kept = json.loads(state.read_text())
+    state.write_text(json.dumps({**kept, 'state': {**kept['state'], 'stepp': 1}}))
+    with pytest.raises(UserError, match='state.json is not the state of a run'): trainer(tmp_path/'run').fit(True)
+    state.write_text(json.dumps(kept))
+    tensors = load_tensors(tmp_path/'run'/'last'/'model.safetensors')
+    save_tensors(tmp_path/'run'/'last'/'model.safetensors', {**tensors, 'embed.weight': torch.zeros(3, 8)})
+    with pytest.raises(UserError, match='does not fit this model: 1 of .* embed.weight'): trainer(tmp_path/'run').fit(True)
+
+
+def test_a_run_is_never_overwritten_and_nothing_is_not_resumed(tmp_path):
+    trainer(tmp_path/'run').fit()
+    before = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    with pytest.raises(UserError, match='holds a run already'): trainer(tmp_path/'run').fit()
+    assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == before
+    with pytest.raises(UserError, match='nothing to resume'): trainer(tmp_path/'other').fit(resume=True)
+
+
+def test_best_is_the_lowest_validation_loss_and_of_the_averaged_weights(tmp_path):
+    losses = iter([5, 3, 4])
+    def loss(model, batch):
+        total, n, shown = loss_fn(model, batch)
+        return (total, n, shown) if model.training else (total, n, {'loss': next(losses) * n})
+    t, averages = trainer(tmp_path/'run', loss=loss), []
+    t.say = lambda line: averages.append({k: v.clone() for k, v in t.ema.model.state_dict().items()})
+    assert t.fit() == read_history(tmp_path/'run'/'history.jsonl')
+    best = load_tensors(tmp_path/'run'/'best'/'model.safetensors')
+    assert 'frozen.weight' not in best and 'head.weight' not in best            # nothing twice, nothing that was given
+    for k, v in best.items(): assert torch.equal(v, averages[1][k]), k
+    assert not torch.equal(best['embed.weight'], averages[2]['embed.weight'])
+
+
+def test_patience_counts_epochs_without_improvement():
+    losses = iter([5, 4, 6, 3, 4, 3.5, 2])
+    def loss(model, batch):
+        total, n, shown = loss_fn(model, batch)
+        return (total, n, shown) if model.training else (total, n, {'loss': torch.tensor(next(losses) * n)})
+    t = trainer(config=replace(CONFIG, epochs=20, patience=2), loss=loss)
+    assert [r['dev_loss'] for r in t.fit()] == [5, 4, 6, 3, 4, 3.5]
+
+
+def test_the_mean_is_over_items_and_a_shown_loss_replaces_the_one_minimised():
+    t = trainer(loss=lambda m, b: (lambda x: (x[0], x[1], {**x[2], 'loss': 7.0 * x[1]}))(loss_fn(m, b)))
+    row = t.fit()[0]
+    assert row['train_loss'] == pytest.approx(7) and row['dev_loss'] == pytest.approx(7)
+    sums = {}
+    for loss, n in ((10.0, 1), (1.0, 9)): add_sums(sums, loss, n, {})
+    assert means(sums) == {'loss': pytest.approx(1.1)}
+    with pytest.raises(UserError): means({})
+
+
+def test_the_gradient_is_never_longer_than_allowed_and_vectors_do_not_decay():
+    t = trainer(config=replace(CONFIG, clip=1e-3, ema=0.0))
+    step, norms = t.optimizer.step, []
+    def watch(*a, **k):
+        norms.append(torch.cat([p.grad.flatten() for p in t.model.parameters() if p.grad is not None]).norm().item())
+        return step(*a, **k)
+    t.optimizer.step = watch
+    t.fit()
+    assert len(norms) == 24 and max(norms) <= 1e-3 * 1.001
+    groups = param_groups(Net(), CONFIG)
+    assert sorted(p.ndim for g in groups if g['weight_decay'] for p in g['params']) == [2, 2]
+    assert all(p.ndim < 2 for g in groups if not g['weight_decay'] for p in g['params'])
+
+
+def test_slow_parts_move_less_and_frozen_parts_not_at_all():
+    before = Net().state_dict()
+    def moved(config):
+        t = trainer(config=replace(config, epochs=1, weight_decay=0, ema=0.0))
+        t.fit()
+        return {k: (v - before[k]).abs().max().item() for k, v in t.model.state_dict().items() if v.is_floating_point()}
+    fast, slow = moved(CONFIG), moved(replace(CONFIG, slow='body.1', slow_factor=1e-4))
+    assert 0 < slow['body.1.weight'] < fast['body.1.weight'] / 1000 and slow['embed.weight'] > 1e-3
+    assert fast['frozen.weight'] == 0
+
+
+def test_loss_that_is_no_number_stops_before_the_weights_are_spoilt(tmp_path):
+    calls = []
+    def loss(model, batch):
+        total, n, shown = loss_fn(model, batch)
+        calls.append(1)
+        return total * (float('inf') if len(calls) == 13 else 1), n, shown
+    t = trainer(tmp_path/'run', loss=loss)
+    with pytest.raises(UserError, match='loss became inf at step 12'): t.fit()
+    assert all(v.isfinite().all() for v in t.model.state_dict().values())
+    assert json.loads((tmp_path/'run'/'last'/'state.json').read_text())['state']['epoch'] == 1
+
+
+def test_empty_loaders_and_impossible_settings():
+    for loaders in (([], DEV), (DEV, [])):
+        with pytest.raises(UserError, match='no items'): Trainer(Net(), loss_fn, *loaders, device='cpu', say=str).fit()
+    for wrong in (dict(epochs=0), dict(lr=0), dict(lr=float('nan')), dict(warmup=1.0), dict(ema=1), dict(clip=-1),
+                  dict(precision='half'), dict(beta2=1.5)):
+        with pytest.raises(UserError, match=next(iter(wrong))): TrainConfig(**wrong)
+    with pytest.raises(UserError, match='nothing to train'): param_groups(Net().requires_grad_(False), CONFIG)
+    with pytest.raises(UserError, match='slow'): param_groups(Net(), replace(CONFIG, slow='bodyy'))
+    with pytest.raises(UserError, match='fp16'): choose_precision('fp16', torch.device('cpu'))
+
+
+def test_a_time_budget_ends_the_run_with_a_rate_of_zero(tmp_path):
+    t = trainer(tmp_path/'run', config=replace(CONFIG, epochs=100_000, max_seconds=0.5))
+    rows = t.fit()
+    assert 0.45 < rows[-1]['seconds'] < 10 and rows[-1]['lr'] < CONFIG.lr * 0.01 and len(rows) < 100_000
+    assert trainer(tmp_path/'run', config=t.config).fit(resume=True) == rows          # it is over, resuming changes nothing
+
+
+def test_bf16_on_the_processor_learns_the_same_and_leaves_no_trace():
+    matmul = getattr(torch.backends.mkldnn, 'matmul', None)
+    if matmul: matmul.fp32_precision = 'ieee'
+    rough, exact = trainer(config=replace(CONFIG, precision='bf16')), trainer()
+    assert rough.fit()[-1]['dev_loss'] == pytest.approx(exact.fit()[-1]['dev_loss'], abs=0.02)
+    if matmul: assert matmul.fp32_precision == 'ieee'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a graphics card')
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_on_a_graphics_card_too(tmp_path, precision):
+    config = replace(CONFIG, precision=precision)
+    once = Trainer(Net(), loss_fn, loader(), DEV, config, device='cuda', say=str)
+    rows = once.fit()
+    assert rows[-1]['train_loss'] == pytest.approx(trainer().fit()[-1]['train_loss'], abs=0.2)
+    stopped = Trainer(Net(), CtrlC(5), loader(), DEV, config, tmp_path/'run', device='cuda', say=str)
+    with pytest.raises(Interrupted): stopped.fit()
+    resumed = Trainer(Net(), loss_fn, loader(), DEV, config, tmp_path/'run', device='cuda', say=str)
+    for a, b in zip(resumed.fit(resume=True), rows): assert a['dev_loss'] == pytest.approx(b['dev_loss'], abs=1e-3)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.99))
+def test_the_schedule_rises_then_falls_within_bounds(p, q, warmup):
+    p, q = sorted((p, q))
+    a, b = schedule(p, warmup), schedule(q, warmup)
+    assert 0 <= a <= 1 and 0 <= b <= 1
+    if q <= warmup: assert a <= b
+    if p >= warmup: assert a >= b - 1e-12
+    assert schedule(1, warmup) < 1e-9
+
+
+@given(st.dictionaries(st.text('abc', min_size=1, max_size=5), st.lists(st.floats(-1e6, 1e6, width=32), max_size=5), max_size=4))
+def test_tensors_come_back_as_they_were(named):
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'x.safetensors'
+        save_tensors(path, {k: torch.tensor(v) for k, v in named.items()})
+        back = load_tensors(path)
+    assert back.keys() == named.keys() and all(torch.equal(back[k], torch.tensor(v)) for k, v in named.items())
+
+
+def test_averaged_weights_follow_the_rule():
+    model = nn.Linear(1, 1, bias=False)
+    ema, expected = Ema(model, 0.9), model.weight.item()
+    for step in range(100):
+        with torch.no_grad(): model.weight.fill_(float(step))
+        d = min(0.9, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * step
+        ema.update(step)
+        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_folder_is_exchanged_whole_or_not_at_all(tmp_path):
+    for text in ('one', 'two'):
+        with atomic_folder(tmp_path/'a'/'b') as new: (new/'f').write_text(text)
+    assert (tmp_path/'a'/'b'/'f').read_text() == 'two'
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_folder(tmp_path/'a'/'b') as new:
+            (new/'f').write_text('three')
+            raise KeyboardInterrupt
+    assert (tmp_path/'a'/'b'/'f').read_text() == 'two' and len(list((tmp_path/'a').iterdir())) == 1
+    (tmp_path/'file').write_text('')
+    with pytest.raises(UserError, match='cannot write'):
+        with atomic_folder(tmp_path/'file'/'b'): pass
