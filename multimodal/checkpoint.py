@@ -134,21 +134,19 @@ def check_free(
     if any((Path(folder)/k).exists() for k in ('last', '.last.old', 'best', '.best.old')):
         raise UserError(f'{folder} holds a run already: resume it, or choose another folder')
 
-# %% ../nbs/09c_checkpoint.ipynb #a1d3892c
+# %% ../nbs/09c_checkpoint.ipynb #ba7cd18a
 def write_history(
     path: Path,  # …/history.jsonl
     rows: list,  # one dictionary per epoch
 ):
     "Write the history of a run, one JSON object per line."
-    try:
-        with atomic_write(path) as new: Path(new).write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    except OSError as e: raise UserError(f'cannot write {path}: {_reason(e)}') from e
+    with atomic_write(path) as new: new.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
 
 def read_history(
     path: Path,  # …/history.jsonl
 ) -> list:       # one dictionary per epoch; empty where there is no such file
     "Read the history of a run. Raises `UserError` naming a broken line."
-    lines, rows = (Path(path).read_text().splitlines() if Path(path).exists() else []), []
+    lines, rows = (Path(path).read_text(encoding='utf-8').splitlines() if Path(path).exists() else []), []
     for i, line in enumerate(lines):
         try: rows.append(json.loads(line))
         except json.JSONDecodeError:
