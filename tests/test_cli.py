@@ -1,0 +1,181 @@
+"""The commands as the terminal sees them: results, exit status, and one clear line for every mistake."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(sysconfig.get_path('scripts'))
+SMALL = ['image_size=32', 'stage=2', 'embedding_dim=32', 'n_layers=1']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def home(tmp_path_factory):
+    "Drawn scenes are kept in a folder of the tests' own."
+    folder = tmp_path_factory.mktemp('home')
+    before = os.environ.get('MULTIMODAL_HOME')
+    os.environ['MULTIMODAL_HOME'] = str(folder)
+    yield folder
+    if before is None: del os.environ['MULTIMODAL_HOME']
+    else: os.environ['MULTIMODAL_HOME'] = before
+
+
+@pytest.fixture(scope='module')
+def run(home, tmp_path_factory):
+    "A run folder of a model that has learned next to nothing."
+    from multimodal.cli import mm_train
+    folder = tmp_path_factory.mktemp('runs')/'small'
+    mm_train('shapes:60', str(folder), epochs=1, device='cpu', set=SMALL)
+    return folder
+
+
+def shell(name, *args, **kw):
+    return subprocess.run([SCRIPTS/name, *map(str, args)], capture_output=True, text=True, timeout=120, **kw)
+
+
+def mistake(capsys, func, *args, **kw):
+    "Call a command that must end with status 2, one line on standard error and nothing on standard output; give the line."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: func(*args, **kw)
+    out, err = capsys.readouterr()
+    assert (e.value.code, out) == (2, '')
+    lines = [l for l in err.splitlines() if l.strip()]
+    assert len(lines) == 1 and 'Traceback' not in err, err
+    return lines[0]
+
+
+def photos(home, n=3): return sorted((home/'shapes-60-48'/'Flicker8k_Dataset').glob('*.jpg'))[:n]
+
+
+@pytest.mark.parametrize('name', ['mm_demo', 'mm_download', 'mm_augment', 'mm_train', 'mm_validate', 'mm_score', 'mm_caption'])
+def test_help_explains_every_option(name):
+    r = shell(name, '--help')
+    assert r.returncode == 0 and r.stderr == ''
+    options = [l for l in r.stdout.splitlines() if l.startswith('  --')]
+    assert all(len(l.split()) > 2 for l in options), r.stdout
+
+
+def test_unknown_option_and_missing_argument_end_with_status_2():
+    for args in (['mm_train', 'shapes', 'x', '--epoch', '3', '--fast'], ['mm_validate'], ['mm_train', 'shapes', 'x', '--epochs', 'many']):
+        r = shell(*args)
+        assert (r.returncode, r.stdout) == (2, '') and 'error:' in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_typos_in_data(capsys, tmp_path):
+    from multimodal.cli import mm_augment, mm_train
+    assert 'flickr8' in mistake(capsys, mm_train, 'flickr8', str(tmp_path/'run'))
+    assert 'shapes:2000' in mistake(capsys, mm_train, 'shapes:many', str(tmp_path/'run'))
+    mistake(capsys, mm_train, 'shapes:3', str(tmp_path/'run'))
+    (tmp_path/'empty').mkdir()
+    assert str(tmp_path/'empty') in mistake(capsys, mm_train, str(tmp_path/'empty'), str(tmp_path/'run'))
+    assert 'nowhere' in mistake(capsys, mm_augment, 'nowhere', sheet=str(tmp_path/'sheet.png'))
+    assert '--sheet' in mistake(capsys, mm_augment, 'shapes:60')
+    assert not (tmp_path/'run').exists()
+
+
+def test_wrong_settings(capsys, tmp_path):
+    from multimodal.cli import mm_train
+    go = lambda **kw: mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'run'), **kw)
+    assert "did you mean 'stage'" in go(set=['stge=3'])
+    assert 'name=value' in go(set=['stage'])
+    assert 'stage' in go(set=['stage=nine'])
+    assert 'lr' in go(lr=-1.0)
+    assert 'caption' in go(task='sing')
+    assert 'nowhere.pth' in go(weights='nowhere.pth')
+    assert 'warp' in go(device='warp', set=SMALL)
+    assert 'config.json' in go(resume=True)
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_run_is_not_overwritten(run, capsys):
+    from multimodal.cli import mm_train
+    before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
+    mistake(capsys, mm_train, 'shapes:60', str(run), epochs=1, set=SMALL)
+    assert before == {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
+
+
+def test_run_folders_that_are_none_or_half_written(run, capsys, tmp_path, home):
+    from multimodal.cli import mm_caption, mm_validate
+    photo = [str(photos(home)[0])]
+    mistake(capsys, mm_validate, str(tmp_path/'nowhere'))
+    assert '--run demo/run' in mistake(capsys, mm_caption, photo, run=str(tmp_path/'nowhere'))
+    for i, spoil in enumerate([lambda r: shutil.rmtree(r/'best'), lambda r: (r/'config.json').unlink(),
+                               lambda r: (r/'config.json').write_text('{"lr": '), lambda r: (r/'config.json').write_text('[]'),
+                               lambda r: (r/'vocab.json').write_text('[1, 2]'), lambda r: (r/'best'/'vocab.json').unlink(),
+                               lambda r: (r/'best'/'model.safetensors').write_bytes(b'short'),
+                               lambda r: (r/'best'/'model.safetensors').unlink()]):
+        shutil.copytree(run, tmp_path/f'{i}')
+        spoil(tmp_path/f'{i}')
+        line = mistake(capsys, mm_caption, photo, run=str(tmp_path/f'{i}'), device='cpu')
+        assert str(tmp_path/f'{i}') in line, line
+
+
+def test_missing_split(run, capsys):
+    from multimodal.cli import mm_validate
+    assert 'testing' in mistake(capsys, mm_validate, str(run), split='testing', device='cpu')
+
+
+def test_broken_photos_are_named_and_left_out(run, capsys, tmp_path, home):
+    from multimodal.cli import mm_caption
+    for p in photos(home): shutil.copy(p, tmp_path)
+    good = sorted(tmp_path.iterdir())
+    (tmp_path/'fake.jpg').write_text('no photo')
+    (tmp_path/'short.jpg').write_bytes(good[0].read_bytes()[:300])
+    (tmp_path/'notes.txt').write_text('not looked at')
+    capsys.readouterr()
+    mm_caption([str(tmp_path)], run=str(run), device='cpu', json=True)
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert [r['image'] for r in rows] == list(map(str, good)) and 'fake.jpg' in err and 'short.jpg' in err
+    assert all(set(r) == {'image', 'caption', 'logprob'} and r['caption'] and r['logprob'] < 0 for r in rows)
+    assert 'fake.jpg' in mistake(capsys, mm_caption, [str(tmp_path/'fake.jpg')], run=str(run), device='cpu')
+    assert 'gone.jpg' in mistake(capsys, mm_caption, [str(tmp_path/'gone.jpg')], run=str(run), device='cpu')
+    (tmp_path/'nothing').mkdir()
+    mistake(capsys, mm_caption, [str(tmp_path/'nothing')], run=str(run), device='cpu')
+
+
+def test_json_is_all_there_is_on_standard_output_and_meteor_is_null_without_java(run):
+    r = shell('mm_validate', run, '--json', '--beam', '1', env={**os.environ, 'PATH': str(SCRIPTS)})
+    scores = json.loads(r.stdout)
+    assert r.returncode == 0
+    names = {'loss', 'perplexity', 'accuracy', 'bleu_1', 'bleu_2', 'bleu_3', 'bleu_4', 'rouge_l', 'meteor', 'cider'}
+    assert names <= set(scores) and scores['loss'] > 0 and 0 <= scores['bleu_1'] <= 1
+    assert scores['meteor'] is None and scores['floor']['bleu_1'] < scores['ceiling']['bleu_1']
+
+
+def test_score_of_files_that_do_not_fit(capsys, tmp_path):
+    from multimodal.cli import mm_score
+    def file(name, text): (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode()); return str(tmp_path/name)
+    hyp, ref = file('hyp.txt', 'a dog\na cat\n'), file('ref.txt', 'the dog\nthe cat\n')
+    assert 'no such file' in mistake(capsys, mm_score, hyp, [str(tmp_path/'gone.txt')])
+    assert 'has 2 lines' in mistake(capsys, mm_score, hyp, [ref, file('one.txt', 'a dog\n')])
+    assert 'line 2' in mistake(capsys, mm_score, hyp, [file('blank.txt', 'a dog\n\n')])
+    assert 'UTF-8' in mistake(capsys, mm_score, file('latin.txt', 'ein Hündchen\n'.encode('latin-1')), [ref])
+    assert 'no captions' in mistake(capsys, mm_score, file('empty.txt', ''), [file('empty2.txt', '')])
+    results, people = file('r.json', '[{"image_id": 1, "caption": "a dog"}]'), '{"annotations": [{"image_id": 2, "caption": "a dog"}]}'
+    assert 'image 1' in mistake(capsys, mm_score, results, [file('p.json', people)])
+    assert 'both' in mistake(capsys, mm_score, results, [ref])
+    assert 'broken.json' in mistake(capsys, mm_score, file('broken.json', '[{'), [file('p.json', people)])
+    assert 'entry 1' in mistake(capsys, mm_score, file('odd.json', '[{"image_id": 1}]'), [file('p.json', people)])
+    mistake(capsys, mm_score, str(tmp_path), [ref])
+
+
+def test_ctrl_c_says_how_to_go_on_and_resuming_does(home, tmp_path):
+    "Status 130, a line that can be pasted, and a run that is finished by it."
+    command = [SCRIPTS/'mm_train', 'shapes:60', tmp_path/'run', '--epochs', '200', '--device', 'cpu', '--set', *SMALL]
+    p = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path/'run'/'last').exists() or p.poll() is not None: break
+        time.sleep(.1)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130, err
+    assert f'mm_train shapes:60 {tmp_path/"run"} --resume' in err.splitlines()[-1]
+    assert (tmp_path/'run'/'last').is_dir() and (tmp_path/'run'/'config.json').is_file()
+    r = shell('mm_train', 'shapes:60', tmp_path/'run', '--resume', '--epochs', '3')
+    assert r.returncode == 2 and 'epochs' in r.stderr.splitlines()[-1]      # begun with other settings
