@@ -51,12 +51,12 @@ def train_captions(
     Trainer(model, loss, *loaders, config, run, save, device, say, hint).fit(resume)
     return load_run(run, device=device)
 
-# %% ../nbs/10b_runs.ipynb #0fe1c8ce
+# %% ../nbs/10b_runs.ipynb #a656bf1f
 def prepare(data, run, config, resume, init=None) -> tuple:  # configuration, vocabulary
     "Check that these can be trained together. Raises `UserError` where they cannot."
     for split in ('train', 'dev'):
         if not data.splits.get(split):
-            raise UserError(f'{data.name} has no {split} split to train with; it has {", ".join(data.splits) or "none"}')
+            raise UserError(f'{data.name} has no {split} split to use; it has {", ".join(data.splits) or "none"}')
     config = config or (read_config(run) if resume else RunConfig())
     if init: config = replace(config, init=str(init))
     if config.init: vocab = load_run(config.init).vocab
@@ -101,7 +101,7 @@ def load_run(
         raise UserError(f'{run}/vocab.json is not the vocabulary that the weights in best/ were trained with')
     return Run(run, config, model.to(get_device(device)), vocab, read_history(run/'history.jsonl'))
 
-# %% ../nbs/10b_runs.ipynb #1154ed62
+# %% ../nbs/10b_runs.ipynb #a09b786a
 @patch
 def caption(self: Run,
     paths,                                       # a photo, a folder, or a list of both
@@ -121,7 +121,8 @@ def caption(self: Run,
         written = generate(self.model, torch.stack([x for _, x in good]).to(device), config)
         rows += [{'image': str(path), 'caption': self.vocab.decode(c.ids), 'logprob': c.logprob}
                  for (path, _), c in zip(good, written)]
-    if not rows: raise wrong[0] if len(wrong) == 1 else UserError(f'none of {len(wrong)} photos can be read; {wrong[0]}')
+    if not rows:
+        raise wrong[0] if len(wrong) == 1 else UserError(f'none of {len(wrong)} photos can be read: {wrong[0]}')
     for e in wrong: say(f'left out: {e}')
     return rows
 
@@ -168,7 +169,7 @@ def evaluate(self: Run,
         scores |= {'floor': floor(seen, references), 'ceiling': ceiling(references)}
     return scores
 
-# %% ../nbs/10b_runs.ipynb #0ab34971
+# %% ../nbs/10b_runs.ipynb #7ce31bfe
 def start_from(
     model: Captioner,  # changed in place
     run: Run,          # whose weights it gets
@@ -176,5 +177,5 @@ def start_from(
     "Copy all weights of a run. Raises `UserError` where the shapes differ."
     new, own = run.model.state_dict(), model.state_dict()
     wrong = [k for k in own.keys() | new.keys() if k not in own or k not in new or own[k].shape != new[k].shape]
-    if wrong: raise UserError(f'cannot start from {run.folder}: its model has another shape than this one, as {min(wrong)}')
+    if wrong: raise UserError(f'cannot start from {run.folder}: its model has another shape, as {min(wrong)} shows')
     model.load_state_dict(new)

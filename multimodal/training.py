@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainState', 'Trainer', 'Interrupted']
 
-# %% ../nbs/10_training.ipynb #561cd4b7
+# %% ../nbs/10_training.ipynb #7e5908b0
 import math, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from accelerate.utils import send_to_device
 from fastcore.basics import patch
 from tqdm import tqdm
-from .checkpoint import (StopRequest, atomic_folder, check_free, describe_epoch, learned_state, load_learned,
-    load_optimizer, load_tensors, optimizer_tensors, read_history, recover_folder, save_tensors, save_weights, write_history)
+from multimodal.checkpoint import (StopRequest, atomic_folder, check_free, describe_epoch, learned_state, load_learned,
+    load_optimizer, load_tensors, optimizer_tensors, read_history, recover_folder, save_tensors, save_weights,
+    write_history)
 from .core import UserError, get_device, read_json, write_json
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
     param_groups, schedule, seed_step, start_epoch)
@@ -162,9 +163,8 @@ def close_epoch(self: Trainer, dev: dict):
     self.save()
     self.say(describe_epoch(row, config.epochs) + (' (best)' if better else ''))
 
-# %% ../nbs/10_training.ipynb #aeb78c5b
-class Interrupted(KeyboardInterrupt):
-    "Training was stopped by the user, after the step in hand was finished and saved."
+# %% ../nbs/10_training.ipynb #8863dbd4
+class Interrupted(KeyboardInterrupt): "Training was stopped by the user; the step in hand was finished and saved."
 
 @patch
 def interrupt(self: Trainer):
