@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'WAYS_OUT', 'ImageTransform', 'EncoderConfig', 'resnet_trunk', 'read_weights',
-           'load_trunk', 'ImageEncoder']
+           'load_trunk', 'places', 'ImageEncoder']
 
 # %% ../nbs/04_encoder.ipynb #b6428b7e
 import hashlib
@@ -124,7 +124,16 @@ def load_trunk(
     trunk.load_state_dict({name: tensor for name, tensor in given.items() if name in wanted}, strict=False)
     return trunk
 
-# %% ../nbs/04_encoder.ipynb #a08c1b33
+# %% ../nbs/04_encoder.ipynb #8ab59a66
+def places(
+    config: EncoderConfig,  # its grid and `embedding_dim`
+) -> torch.Tensor:  # [P, D]
+    "A first vector for each place of a grid, linear in its row and column"
+    across = torch.linspace(-1, 1, config.side)
+    rows, columns = torch.meshgrid(across, across, indexing='ij')         # [side, side] each
+    return torch.stack([rows, columns], -1).flatten(0, 1) @ torch.randn(2, config.embedding_dim)*.5
+
+# %% ../nbs/04_encoder.ipynb #26e02c62
 class ImageEncoder(nn.Module):
     "Photos → `features`, what the trunk says of each place → `project`, vectors in the space of the words"
     def __init__(self,
@@ -135,7 +144,7 @@ class ImageEncoder(nn.Module):
         self.trunk = load_trunk(config)
         self.dropout = nn.Dropout(config.dropout)
         self.linear = nn.Linear(self.channels, config.embedding_dim)
-        if config.pool == 'grid': self.position = nn.Parameter(torch.zeros(self.n_patches, config.embedding_dim))
+        if config.pool == 'grid': self.position = nn.Parameter(places(config))
         self.norm = nn.LayerNorm(config.embedding_dim)
         self.trunk.requires_grad_(False)
         for part in self.trained_parts(): part.requires_grad_(True)
