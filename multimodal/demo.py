@@ -18,13 +18,14 @@ from .report import Shot, charts, gallery, html_page, line_chart, save_page, sco
 from .runs import Run, train_captions
 from .shapes import Scene, make_shapes, parse_caption, same_scene
 
-# %% ../nbs/39b_demo.ipynb #cc81aaf2
+# %% ../nbs/39b_demo.ipynb #d20032d2
 SIZE = 48  # pixels of a drawn scene's side
 
-SHAPES = RunConfig(data='shapes', weights='none', trainable='all', stage=3, image_size=SIZE, embedding_dim=128, n_layers=2,
-                   min_count=1, max_words=30, dropout=0.0, batch_size=32, captions_per_image=3, lr=2e-3, warmup=0.1, epochs=30)
+SHAPES = RunConfig(data='shapes', weights='none', trainable='all', stage=2, image_size=SIZE, embedding_dim=128,
+                   n_layers=2, min_count=1, max_words=30, dropout=0.0, batch_size=16, captions_per_image=3, lr=1e-3,
+                   warmup=0.1, epochs=30)
 
-DEMO = replace(SHAPES, max_seconds=150.0)
+DEMO = replace(SHAPES, epochs=8, max_seconds=150.0)
 DEMO_SCENES = 6000
 
 # %% ../nbs/39b_demo.ipynb #1d389baf
@@ -71,7 +72,7 @@ def curves(
     return charts(line_chart(line('loss'), 'Loss (nats per word)', 'epoch'),
                   line_chart(line('accuracy'), 'Share of words right, given the words before', 'epoch'))
 
-# %% ../nbs/39b_demo.ipynb #780792cb
+# %% ../nbs/39b_demo.ipynb #0af7f4fc
 def demo_page(
     rows: dict,     # split → judged captions
     history: list,  # of the training
@@ -82,21 +83,22 @@ def demo_page(
     "The report of the demo"
     test, held = rows['test'], rows['heldout']
     facts = {'of captions of new scenes are wholly true': f'{share_true(test):.1%}', 'new scenes captioned': len(test),
-             'for things in combinations never seen': f'{share_true(held):.1%}', 'from nothing to this page': f'{seconds:.0f} s'}
+             'for things in combinations never seen': f'{share_true(held):.1%}',
+             'from nothing to this page': f'{seconds:.0f} s'}
     return html_page('It learned to describe what it sees',
-        'A model that began with random numbers, and what it says about drawings that it has never seen. A caption counts as '
-        'wholly true if every size, colour and shape and the relation are right; a program that reads captions checks each one.',
+        'A model that began with random numbers, and what it says about drawings that it has never seen. A caption '
+        'counts as wholly true if every size, colour and shape and the relation are right; a program checks each one.',
         [('In short', '', tiles(facts)),
-         ('Wrong', f'{sum(not r["true"] for r in test)} of {len(test)} captions are not wholly true. The first of them:',
+         ('Wrong', f'{sum(not r["true"] for r in test)} of {len(test)} captions are not wholly true. The first:',
           gallery(shots(test, False), 'Not a single caption is wrong.')),
          ('Right', 'The first true ones:', gallery(shots(test, True), 'Not a single caption is right.')),
-         ('Never seen', 'Wrong captions where a thing has a combination of size, colour and shape that was kept out of training.',
+         ('Never seen', 'Wrong captions of things whose combination of size, colour and shape was kept out of training.',
           gallery(shots(held, False, 6), 'Not a single caption is wrong.')),
          ('Learning', 'How wrong and how right it was after each round through the training data.', curves(history)),
-         ('Scores', 'What papers report, of captions the model wrote. The floor is a constant sentence, the ceiling one of the '
-          'five captions scored against the other four.', scores_table(scores))], model)
+         ('Scores', 'What papers report, of captions the model wrote. The floor is a constant sentence, the ceiling '
+          'one of the five captions scored against the other four.', scores_table(scores))], model)
 
-# %% ../nbs/39b_demo.ipynb #f0230c35
+# %% ../nbs/39b_demo.ipynb #2c33e84d
 def evaluate_demo(
     run: Run,
     data,    # the drawn scenes
@@ -115,10 +117,10 @@ def save_pictures(
     "Sheets of right and wrong captions, as PNG files"
     import matplotlib.pyplot as plt
     for name, right in (('right', True), ('wrong', False)):
-        some = shots(rows['test'], right, 8)
-        if some: plt.close(show_images([load_image(s.image) for s in some], [s.caption for s in some], path=folder/f'{name}.png'))
+        some, path = shots(rows['test'], right, 8), folder/f'{name}.png'
+        if some: plt.close(show_images([load_image(s.image) for s in some], [s.caption for s in some], path=path))
 
-# %% ../nbs/39b_demo.ipynb #788b4c07
+# %% ../nbs/39b_demo.ipynb #0fa8704e
 def demo(
     out: str | Path,                # folder for everything
     config: RunConfig = DEMO,
@@ -139,7 +141,7 @@ def demo(
     save_pictures(rows, out)
     words = sum(p.numel() for p in run.model.parameters())
     html = demo_page(rows, run.history, scores, time.monotonic() - began, f'{words/1e6:.1f} million parameters; '
-                     f'{len(data["train"])} scenes of {config.image_size} pixels to learn from, seen {len(run.history)} times.')
+                     f'{len(data["train"])} scenes of {config.image_size} pixels, each seen {len(run.history)} times.')
     stamp(f'{share_true(rows["test"]):.1%} of {len(rows["test"])} captions wholly true on new scenes, '
           f'{share_true(rows["heldout"]):.1%} on new combinations')
     return save_page(html, out/'report.html')

@@ -29,7 +29,7 @@ def data_uri(
     image.save(buffer, kind, **({} if kind == 'png' else {'quality': 85}))
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
-# %% ../nbs/39_report.ipynb #5c4698fd
+# %% ../nbs/39_report.ipynb #35007dfc
 @dataclass(frozen=True)
 class Shot:
     "A picture with its caption, for showing"
@@ -42,7 +42,7 @@ def card(
     shot: Shot,
 ) -> str:  # HTML
     "A picture, its caption and the judgement"
-    verdict = {True: '<span class="tag ok">true</span> ', False: '<span class="tag bad">not true</span> ', None: ''}[shot.right]
+    verdict = {True: '<b class="tag ok">true</b> ', False: '<b class="tag bad">not true</b> ', None: ''}[shot.right]
     note = f'<small>{escape(shot.note)}</small>' if shot.note else ''
     return (f'<figure><img src="{data_uri(shot.image)}" alt="{escape(shot.caption)}">'
             f'<figcaption>{verdict}{escape(shot.caption)}{note}</figcaption></figure>')
@@ -82,7 +82,7 @@ def spread(
     for i in sorted(range(len(places)), key=places.__getitem__): last = result[i] = max(places[i], last + gap)
     return result
 
-# %% ../nbs/39_report.ipynb #c19e7344
+# %% ../nbs/39_report.ipynb #11d2bca0
 INK = ('#0072b2', '#d55e00', '#009e73', '#cc79a7')  # Okabe and Ito, "Color Universal Design"
 
 def finite(series: dict) -> dict:  # name → [(x, y)]
@@ -99,11 +99,12 @@ def curves(
     out, ends = '', {k: (to_x(points[-1][0]), to_y(points[-1][1])) for k, points in series.items()}
     for (k, (x, y)), label in zip(ends.items(), spread([y for _, y in ends.values()])):
         line = ' '.join(f'{to_x(a):g},{to_y(b):g}' for a, b in series[k])
-        out += (f'<polyline points="{line}" fill="none" stroke="{colours[k]}" stroke-width="2"/>'
-                f'<circle cx="{x:g}" cy="{y:g}" r="3" fill="{colours[k]}"/>' + text(x + 8, label + 4, k, 'start', fill=colours[k]))
+        ink = colours[k]
+        out += (f'<polyline points="{line}" fill="none" stroke="{ink}" stroke-width="2"/>'
+                f'<circle cx="{x:g}" cy="{y:g}" r="3" fill="{ink}"/>' + text(x + 8, label + 4, k, 'start', fill=ink))
     return out
 
-# %% ../nbs/39_report.ipynb #7fa4379d
+# %% ../nbs/39_report.ipynb #11c5686d
 def line_chart(
     series: dict,       # name → [(x, y)]
     title: str,         # says what y is
@@ -122,8 +123,8 @@ def line_chart(
                    + text(34, to_y(v) + 4, f'{v:g}', 'end', opacity='.7') for v in ticks(y0, y1))
     grid += ''.join(text(to_x(v), 222, f'{v:g}', opacity='.7') for v in ticks(x0, x1))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 245" font-family="sans-serif" font-size="12" '
-            f'fill="currentColor" role="img" aria-label="{escape(title)}">' + text(8, 16, title, 'start', **{'font-weight': 'bold'})
-            + grid + text(195, 241, x_label, opacity='.7') + curves(series, to_x, to_y, colours) + '</svg>')
+            f'fill="currentColor" role="img" aria-label="{escape(title)}"><g font-weight="bold">' + text(8, 16, title, 'start')
+            + '</g>' + grid + text(195, 241, x_label, opacity='.7') + curves(series, to_x, to_y, colours) + '</svg>')
 
 # %% ../nbs/39_report.ipynb #d817950e
 LABELS = {'bleu_1': 'BLEU-1', 'bleu_2': 'BLEU-2', 'bleu_3': 'BLEU-3', 'bleu_4': 'BLEU-4', 'rouge_l': 'ROUGE-L',
@@ -140,32 +141,29 @@ def scores_table(
                    for k, label in labels.items() if any(k in s for s in systems.values()))
     return f'<table><thead><tr><th scope="col">× 100</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
-# %% ../nbs/39_report.ipynb #3d5cc098
+# %% ../nbs/39_report.ipynb #98eda5b3
 STYLE = '''
 :root { color-scheme: light dark; --ink: #1d2430; --paper: #fbfaf8; --soft: #6b7280; --line: #e3e0da; --card: #fff;
-  --ok: #00694b; --bad: #a63c00 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7e5e0; --paper: #16181d; --soft: #9aa1ac; --line: #30343c; --card: #1f2229; --ok: #4fd1a5; --bad: #ff9e66 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1120px; padding: 2.5rem 1.25rem 4rem; color: var(--ink); background: var(--paper);
-  font: 16px/1.55 system-ui, sans-serif }
-h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; margin: 0 0 .6rem } h2 { margin: 2.6rem 0 .4rem; font-size: 1.35rem }
-p, li { max-width: 70ch } small, .soft { color: var(--soft) } small { display: block; font-size: .82rem; line-height: 1.35 }
-.tiles, .gallery, .charts { display: grid; gap: 1rem; margin: 1.2rem 0 }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) } .tile { border-top: 3px solid var(--ink); padding-top: .5rem }
-.tile b { display: block; font-size: 1.7rem; line-height: 1.2 }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) } svg { width: 100%; height: auto }
-.gallery { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden }
-figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated }
-figure img[src^="data:image/jpeg"] { image-rendering: auto }
-figcaption { padding: .6rem .75rem .8rem; overflow-wrap: anywhere } figcaption small { margin-top: .4rem }
-.tag { font-size: .75rem; font-weight: 700; border: 1px solid; border-radius: 99px; padding: .05rem .45rem } .ok { color: var(--ok) }
-.bad { color: var(--bad) } table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
-th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid var(--line) } th:first-child { text-align: left }
+--ok: #00694b; --bad: #a63c00 } @media (prefers-color-scheme: dark) { :root { --ink: #e7e5e0; --paper: #16181d;
+--soft: #9aa1ac; --line: #30343c; --card: #1f2229; --ok: #4fd1a5; --bad: #ff9e66 } } * { box-sizing: border-box } body
+{ margin: 0 auto; max-width: 1120px; padding: 2.5rem 1.25rem 4rem; color: var(--ink); background: var(--paper); font:
+16px/1.55 system-ui, sans-serif } h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; margin: 0 0 .6rem }
+h2 { margin: 2.6rem 0 .4rem; font-size: 1.35rem } p, li { max-width: 70ch } small, .soft { color: var(--soft) } small
+{ display: block; font-size: .82rem; line-height: 1.35 } .tiles, .gallery, .charts { display: grid; gap: 1rem; margin:
+1.2rem 0 } .tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) } .tile { border-top: 3px solid
+var(--ink); padding-top: .5rem } .tile b { display: block; font-size: 1.7rem; line-height: 1.2 } .charts {
+grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) } svg { width: 100%; height: auto } .gallery {
+grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) } figure { margin: 0; background: var(--card); border:
+1px solid var(--line); border-radius: 10px; overflow: hidden } figure img { display: block; width: 100%; aspect-ratio:
+1; object-fit: contain; image-rendering: pixelated } figure img[src^="data:image/jpeg"] { image-rendering: auto }
+figcaption { padding: .6rem .75rem .8rem; overflow-wrap: anywhere } figcaption small { margin-top: .4rem } .tag {
+font-size: .75rem; font-weight: 700; border: 1px solid; border-radius: 99px; padding: .05rem .45rem } .ok { color:
+var(--ok) } .bad { color: var(--bad) } table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide {
+overflow-x: auto } th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid var(--line) }
+th:first-child { text-align: left }
 '''
 
-# %% ../nbs/39_report.ipynb #4cbc8a95
+# %% ../nbs/39_report.ipynb #82e975be
 def tiles(
     facts: dict,  # label → a short value
 ) -> str:         # HTML
@@ -182,9 +180,10 @@ def gallery(
     empty: str = 'None.',    # what to say when there are none
 ) -> str:                    # HTML
     "Captioned pictures, as many in a row as fit"
-    return f'<div class="gallery">{"".join(map(card, shots))}</div>' if shots else f'<p class="soft">{escape(empty)}</p>'
+    if not shots: return f'<p class="soft">{escape(empty)}</p>'
+    return f'<div class="gallery">{"".join(map(card, shots))}</div>'
 
-# %% ../nbs/39_report.ipynb #871a092f
+# %% ../nbs/39_report.ipynb #0abe36d5
 def html_page(
     title: str,       # the heading
     lead: str,        # a sentence or two that say what this is
@@ -197,7 +196,7 @@ def html_page(
                    for h, words, html in sections)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-            f'<body><h1>{escape(title)}</h1><p>{escape(lead)}</p>{body}<p><small>{escape(foot)}</small></p></body></html>\n')
+            f'<body><h1>{escape(title)}</h1>{say(lead)}{body}<p><small>{escape(foot)}</small></p></body></html>\n')
 
 def save_page(
     html: str,         # of `html_page`

@@ -58,7 +58,7 @@ def quiet():
     "While this lasts, what libraries print goes to standard error"
     return redirect_stdout(sys.stderr)
 
-# %% ../nbs/39c_terminal.ipynb #bbd69da7
+# %% ../nbs/39c_terminal.ipynb #0557b55b
 METRICS = ('bleu_1', 'bleu_2', 'bleu_3', 'bleu_4', 'rouge_l', 'meteor', 'cider')
 
 def table(
@@ -68,9 +68,10 @@ def table(
     cell = lambda v: f'{"–" if v is None else f"{100*v:.1f}":>8}'
     wide = max(map(len, systems)) + 2
     head = f'{"× 100":{wide}}' + ''.join(f'{k.replace("_", "-").upper():>8}' for k in METRICS)
-    return '\n'.join([head, *(f'{name:{wide}}' + ''.join(cell(s.get(k)) for k in METRICS) for name, s in systems.items())])
+    rows = [f'{name:{wide}}' + ''.join(cell(s.get(k)) for k in METRICS) for name, s in systems.items()]
+    return '\n'.join([head, *rows])
 
-# %% ../nbs/39c_terminal.ipynb #ef415833
+# %% ../nbs/39c_terminal.ipynb #7f382850
 def home() -> Path:
     "Where drawn data sets are kept: `$MULTIMODAL_HOME`, or ~/.cache/multimodal"
     return Path(os.environ.get('MULTIMODAL_HOME') or Path.home()/'.cache'/'multimodal')
@@ -85,12 +86,12 @@ def open_data(
     "A data set by its name. Raises `UserError` for a typo."
     from multimodal.datasets import load_dataset
     if not is_drawn(data):
-        if not Path(data).exists(): raise UserError(f'{data}: no such folder; give one that holds a data set, or shapes')
+        if not Path(data).exists(): raise UserError(f'{data}: no such folder; name one with a data set, or shapes')
         return load_dataset(Path(data))
     from multimodal.demo import SIZE
     from multimodal.shapes import make_shapes
     if not (m := re.fullmatch(r'shapes(?::(\d+))?', data)):
-        raise UserError(f'{data}: neither a folder nor drawn scenes, which are shapes or, for 2000 of them, shapes:2000')
+        raise UserError(f'{data}: neither a folder nor drawn scenes: write shapes or, for 2000 of them, shapes:2000')
     n = int(m[1] or 12_000)
     return load_dataset(make_shapes(home()/f'shapes-{n}-{SIZE}', n=n, size=SIZE))
 
@@ -122,7 +123,7 @@ def recipe_for(data: str, given: dict):  # `RunConfig`
     from multimodal.recipe import RunConfig
     return changed(SHAPES if is_drawn(data) else RunConfig(), {'data': data, **given})
 
-# %% ../nbs/39c_terminal.ipynb #e8b6d35b
+# %% ../nbs/39c_terminal.ipynb #02fe8994
 def read_lines(path: str) -> list:  # of str
     "The lines of a text file, without the line ends"
     try: lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
@@ -139,19 +140,20 @@ def pair_lines(
     captions, columns = read_lines(hypotheses), [read_lines(r) for r in references]
     for name, lines in zip(references, columns):
         if len(lines) != len(captions):
-            raise UserError(f'{hypotheses} has {len(captions)} lines and {name} {len(lines)}: line n must belong to line n')
+            raise UserError(f'{hypotheses} has {len(captions)} lines, {name} {len(lines)}: line n must belong to line n')
     rows = [[r for r in row if r] for row in zip(*columns)]
     for i, row in enumerate(rows, 1):
         if not row: raise UserError(f'line {i} has no reference in {", ".join(references)}')
     return captions, rows
 
-# %% ../nbs/39c_terminal.ipynb #c7e9a6c8
+# %% ../nbs/39c_terminal.ipynb #33aceb57
 def caption_rows(path: str, rows) -> list:  # of (image id, caption)
     "The captions of a COCO file, results or annotations. Raises `UserError` where it is neither."
     rows = rows.get('annotations') if isinstance(rows, dict) else rows
-    if not isinstance(rows, list): raise UserError(f'{path}: neither a list of captions nor an object with "annotations"')
+    if not isinstance(rows, list): raise UserError(f'{path}: neither a list nor an object with "annotations"')
     for i, r in enumerate(rows, 1):
-        if not (isinstance(r, dict) and isinstance(r.get('image_id'), (int, str)) and isinstance(r.get('caption'), str)):
+        good = isinstance(r, dict) and isinstance(r.get('image_id'), (int, str)) and isinstance(r.get('caption'), str)
+        if not good:
             raise UserError(f'{path}: entry {i} is not of the form {{"image_id": 7, "caption": "…"}}')
     return [(r['image_id'], r['caption']) for r in rows]
 

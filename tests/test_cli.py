@@ -99,6 +99,14 @@ def test_a_run_is_not_overwritten(run, capsys):
     assert before == {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
 
 
+def test_a_run_starts_from_another(run, capsys, tmp_path, home):
+    from multimodal.cli import mm_train
+    mm_train('shapes:60', str(tmp_path/'next'), init=str(run), epochs=1, device='cpu')
+    assert (tmp_path/'next'/'vocab.json').read_bytes() == (run/'vocab.json').read_bytes()
+    mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'other'), init=str(run), set=['embedding_dim=64'], device='cpu')
+    mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'other'), init=str(tmp_path/'nowhere'), device='cpu')
+
+
 def test_run_folders_that_are_none_or_half_written(run, capsys, tmp_path, home):
     from multimodal.cli import mm_caption, mm_validate
     photo = [str(photos(home)[0])]
