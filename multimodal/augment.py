@@ -6,9 +6,9 @@
 __all__ = ['OTHER_SENSES', 'WRITING', 'MIRRORED', 'SIDE', 'COLOUR', 'flip_caption', 'names_colour', 'AugmentConfig',
            'photo_changes', 'augment', 'augment_sheet', 'augment_dataset', 'write_copies']
 
-# %% ../nbs/03_augment.ipynb #a6da8f0a
+# %% ../nbs/03_augment.ipynb #c6bbec0b
 import os, random, re, shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from .core import UserError, load_image, show_images
 from .datasets import CaptionData

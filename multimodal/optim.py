@@ -92,7 +92,7 @@ class Ema:
             if mean.is_floating_point(): mean.lerp_(now, 1 - d)
             else: mean.copy_(now)
 
-# %% ../nbs/09b_optim.ipynb #c5511323
+# %% ../nbs/09b_optim.ipynb #971456a0
 def choose_precision(
     name: str,             # 'auto', 'fp32', 'bf16' or 'fp16'
     device: torch.device,
@@ -100,8 +100,7 @@ def choose_precision(
     "What the device can do, where `name` is 'auto'; else `name`. Raises `UserError` where it cannot be."
     if device.type == 'cpu':
         if name == 'fp16': raise UserError('precision fp16 needs a graphics card; take auto, fp32 or bf16')
-        amx = getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16', False)
-        return name if name != 'auto' else 'bf16' if amx else 'fp32'
+        return 'fp32' if name == 'auto' else name
     if name != 'auto' or device.type != 'cuda': return name if name != 'auto' else 'fp32'
     return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
 
