@@ -25,45 +25,48 @@ def set_seed(
     np.random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #15ee3835
+# %% ../nbs/00_core.ipynb #346812fb
 def get_device(
     name: str|None = None, # such as 'cpu', 'cuda', 'cuda:1' or 'mps'; None takes the best there is
 ): # a `torch.device`
     "The device to compute on; raises `UserError` when the one asked for is not there"
     import torch
     there = ['cpu'] + ['cuda']*torch.cuda.is_available() + ['mps']*torch.backends.mps.is_available()
-    if name is None: name = there[-1]
-    if name.split(':')[0] not in there:
-        raise UserError(f'device {name!r} is not to be had here: choose from {", ".join(there)}')
-    return torch.device(name)
+    try: device = torch.device(there[-1] if name is None else name)
+    except RuntimeError: device = None                                        # no such kind of device anywhere
+    count = torch.cuda.device_count() if 'cuda' in there else 1
+    if device and device.type in there and (device.index or 0) < count: return device
+    raise UserError(f'device {name!r} is not to be had here: choose from {", ".join(there)}')
 
-# %% ../nbs/00_core.ipynb #39f5eb15
+# %% ../nbs/00_core.ipynb #46a99927
 def as_rgb(
     photo, # `PIL.Image` of any mode
 ): # `PIL.Image`, RGB
-    "Three colours of 8 bits; 16-bit grey scaled down, see-through parts on white"
+    "Three colours of 8 bits; grey of 16 bits or from 0 to 1 is scaled, see-through parts lie on white"
     from PIL import Image
     if photo.mode.startswith(('I', 'F')):
         grey = photo.convert('F')
         low, high = grey.getextrema()
-        scale = 1/257 if photo.mode.startswith('I') and high > 255 else 1
+        scale = 1/257 if photo.mode.startswith('I;16') or high > 255 else 255 if photo.mode == 'F' and high <= 1 else 1
         photo = grey.point(lambda v: v*scale + 0).convert('L')
     if photo.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in photo.info:
         photo = photo.convert('RGBA')
         photo = Image.alpha_composite(Image.new('RGBA', photo.size, 'white'), photo)
     return photo.convert('RGB')
 
-# %% ../nbs/00_core.ipynb #aab939cc
+# %% ../nbs/00_core.ipynb #a45f1344
 def load_image(
     path: str|Path, # photo in any format that Pillow reads
 ): # `PIL.Image`, RGB, upright; the first frame of a moving one
     "Open a photo, whatever its file went through; raises `UserError` naming a file that is none"
     from PIL import Image, ImageOps
     try:
-        with warnings.catch_warnings(), Image.open(path) as photo:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                                    # a photo may have odd notes (EXIF)
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            photo.load()
-            return as_rgb(ImageOps.exif_transpose(photo))
+            with Image.open(path) as photo:
+                photo.load()
+                return as_rgb(ImageOps.exif_transpose(photo))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f'{path}: claims more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first') from None
     except FileNotFoundError: raise UserError(f'{path}: no such file') from None
@@ -83,7 +86,7 @@ def as_array(
     image = np.asarray(image)
     return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
-# %% ../nbs/00_core.ipynb #25166b33
+# %% ../nbs/00_core.ipynb #93184602
 def show_images(
     images, # pictures: PIL, arrays [H, W, 3], or tensors [3, H, W] from 0 to 1
     titles=None, # a line above each picture
@@ -93,11 +96,12 @@ def show_images(
 ): # matplotlib's figure
     "Show pictures side by side, with a title each"
     import matplotlib.pyplot as plt
-    images = list(images)
+    images, titles = list(images), list(titles or [])
     if not images: raise UserError('show_images: there are no images to show')
     n_cols = min(n_cols, len(images))
     n_rows = -(-len(images)//n_cols)
-    figure, axes = plt.subplots(n_rows, n_cols, figsize=(size*n_cols, (size + .4*bool(titles))*n_rows), squeeze=False, dpi=75)
+    inches = (size*n_cols, (size + .4*bool(titles))*n_rows)
+    figure, axes = plt.subplots(n_rows, n_cols, figsize=inches, squeeze=False, dpi=75)
     for ax in axes.flat: ax.axis('off')
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         ax.imshow(as_array(image), cmap='gray')
@@ -156,7 +160,7 @@ def current_umask() -> int: # permission bits that new files go without
     os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #9da157ab
+# %% ../nbs/00_core.ipynb #9cefbe9c
 def write_json(
     path: str|Path, # file to write
     obj, # lists, dictionaries, texts and numbers
@@ -173,5 +177,6 @@ def read_json(
     except FileNotFoundError: raise UserError(f'{path}: no such file') from None
     except OSError as error: raise UserError(f'{path}: cannot be read ({error.strerror})') from None
     except UnicodeDecodeError: raise UserError(f'{path}: not text in UTF-8, so not JSON') from None
-    except json.JSONDecodeError as error: raise UserError(f'{path}: not JSON, line {error.lineno}: {error.msg}') from None
+    except json.JSONDecodeError as error:
+        raise UserError(f'{path}: not JSON, line {error.lineno}: {error.msg}') from None
     except RecursionError: raise UserError(f'{path}: JSON nested too deeply') from None
