@@ -6,7 +6,7 @@
 __all__ = ['SIZE', 'SHAPES', 'DEMO', 'DEMO_SCENES', 'true_scene', 'is_true', 'judge', 'share_true', 'shots', 'curves',
            'demo_page', 'evaluate_demo', 'save_pictures', 'demo']
 
-# %% ../nbs/39b_demo.ipynb #942b5878
+# %% ../nbs/39b_demo.ipynb #baff6410
 import shutil, time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from .datasets import load_dataset
 from .recipe import RunConfig
 from .report import Shot, charts, gallery, html_page, line_chart, save_page, scores_table, tiles
 from .runs import Run, train_captions
-from .shapes import Scene, make_shapes, parse_caption, same_scene
+from .scenes import Scene, same_scene
+from .shapes import make_shapes, parse_caption
 
 # %% ../nbs/39b_demo.ipynb #d20032d2
 SIZE = 48  # pixels of a drawn scene's side
