@@ -89,7 +89,7 @@ def mm_train(
     train_captions(open_data(data), Path(run), config, resume, device=device, init=init and Path(init))
     print(f'trained: {run}\nnext: mm_validate {run}, mm_caption PHOTO --run {run}')
 
-# %% ../nbs/40_cli.ipynb #230cc3a1
+# %% ../nbs/40_cli.ipynb #322e0b87
 @command
 def mm_validate(
     run: str,              # a run folder
@@ -105,7 +105,7 @@ def mm_validate(
     from multimodal.runs import load_run
     with quiet():
         trained = load_run(Path(run), weights, device)
-        if not (data := data or trained.config.data): raise UserError(f'{run} does not say what it learned from: give --data')
+        if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
         scores = trained.evaluate(open_data(data), split, GenerateConfig(beam=beam), limits=True)
     if json: return print_json(scores)
     print(f'{split} of {data}, {scores["n_images"]} pictures')
