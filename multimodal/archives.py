@@ -10,7 +10,7 @@ import contextlib, os, shutil, stat, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from .core import UserError
 
-# %% ../nbs/01c_archives.ipynb #de9de3f0
+# %% ../nbs/01c_archives.ipynb #b1ccbccc
 def check_archive(
     archive: zipfile.ZipFile,
     max_bytes: int, # all entries together, unpacked
@@ -24,7 +24,7 @@ def check_archive(
     seen = set()
     for entry in entries:
         path = PurePosixPath(entry.filename.replace('\\', '/'))
-        if path.is_absolute() or '..' in path.parts or ':' in entry.filename or '\0' in entry.filename:
+        if path.is_absolute() or '..' in path.parts or ':' in entry.filename or not path.parts:
             raise UserError(f'{name}: the entry {entry.filename!r} points outside the folder')
         if stat.S_ISLNK(entry.external_attr >> 16): raise UserError(f'{name}: the entry {entry.filename!r} is a link')
         if path in seen: raise UserError(f'{name}: the entry {entry.filename!r} comes twice')
