@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'Sample', 'pad', 'collate', 'PixelSource', 'CaptionDataset', 'EpochSampler', 'make_loader']
 
-# %% ../nbs/05_dataloaders.ipynb #42a6d940
+# %% ../nbs/05_dataloaders.ipynb #1ecf9b68
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .core import UserError, load_image
 from .encoder import ImageTransform
-from .features import FeatureCache, is_flipped, view_image
+from .features import is_flipped, view_image
 
 # %% ../nbs/05_dataloaders.ipynb #13e8714c
 class Batch(NamedTuple):

@@ -6,7 +6,7 @@
 __all__ = ['check_view', 'is_flipped', 'crop_box', 'view_image', 'cache_facts', 'cache_key', 'FeatureCache', 'read_view',
            'read_ahead', 'one_at_a_time']
 
-# %% ../nbs/04b_features.ipynb #8d692cca
+# %% ../nbs/04b_features.ipynb #79a4db4c
 import hashlib, io, json, math, os, random, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from .core import UserError, atomic_write, load_image, read_json, write_json
+from .core import UserError, load_image, read_json, write_json
 from .encoder import ImageEncoder, ImageTransform
 
 # %% ../nbs/04b_features.ipynb #9a580ca6

@@ -7,17 +7,17 @@ __all__ = ['PUNCTUATION', 'METRICS', 'masked_cross_entropy', 'token_accuracy', '
            'quiet', 'has_java', 'caption_metrics', 'check_captions', 'plain_scores', 'meteor_score', 'constant_caption',
            'ngrams', 'floor', 'ceiling', 'metrics_table']
 
-# %% ../nbs/09_metrics.ipynb #434851b5
+# %% ../nbs/09_metrics.ipynb #8dae6486
 import contextlib, functools, io, math, os, re, shutil
 from collections import Counter
 from .core import UserError
-from .text import BOS, EOS, PAD, UNK
+from .text import PAD
 
-# %% ../nbs/09_metrics.ipynb #562d1b0a
+# %% ../nbs/09_metrics.ipynb #c9790ed9
 def masked_cross_entropy(
     logits, # tensor [..., V]
     targets, # ids [...], PAD where nothing is to be said
-    label_smoothing: float = 0., # share of the target spread evenly over all words (Szegedy et al. 2015, arXiv 1512.00567)
+    label_smoothing: float = 0., # share of the target spread evenly over all words (arXiv 1512.00567)
 ) -> tuple: # sum of the losses in nats (a tensor), and the number of words
     "Cross-entropy of words, without padding"
     import torch.nn.functional as F

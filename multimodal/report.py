@@ -104,7 +104,7 @@ def curves(
                 f'<circle cx="{x:g}" cy="{y:g}" r="3" fill="{ink}"/>' + text(x + 8, label + 4, k, 'start', fill=ink))
     return out
 
-# %% ../nbs/39_report.ipynb #216412db
+# %% ../nbs/39_report.ipynb #2e55e1f5
 def line_chart(
     series: dict,       # name → [(x, y)]
     title: str,         # says what y is
@@ -124,7 +124,8 @@ def line_chart(
     grid += ''.join(text(to_x(v), 222, f'{v:g}', opacity='.7') for v in ticks(x0, x1))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 245" font-family="sans-serif" font-size="12" '
             f'fill="currentColor" role="img" aria-label="{escape(title)}"><g font-weight="bold">'
-            + text(8, 16, title, 'start') + '</g>' + grid + text(195, 241, x_label, opacity='.7') + curves(series, to_x, to_y, colours) + '</svg>')
+            + text(8, 16, title, 'start') + '</g>' + grid
+            + text(195, 241, x_label, opacity='.7') + curves(series, to_x, to_y, colours) + '</svg>')
 
 # %% ../nbs/39_report.ipynb #d817950e
 LABELS = {'bleu_1': 'BLEU-1', 'bleu_2': 'BLEU-2', 'bleu_3': 'BLEU-3', 'bleu_4': 'BLEU-4', 'rouge_l': 'ROUGE-L',

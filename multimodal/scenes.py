@@ -120,7 +120,7 @@ def place_two(
     two = rng.uniform(max(start, one - far), min(end, one + far))
     return [[first, one], [second, two]] if axis == 0 else [[one, first], [two, second]]
 
-# %% ../nbs/01a_scenes.ipynb #46f0647e
+# %% ../nbs/01a_scenes.ipynb #aa034b0b
 def draw_scene(
     scene: Scene, # what to draw
     size: int = 48, # side of the picture in pixels, at least 24
@@ -132,7 +132,8 @@ def draw_scene(
     rng = random.Random(f'draw {seed} {scene}')
     widths = [rng.uniform(*WIDTHS[thing.size]) for thing in scene.things]
     lows, highs = zip(*[(outline(t.shape).min(0)*w, outline(t.shape).max(0)*w) for t, w in zip(scene.things, widths)])
-    places = place_two(lows, highs, int(scene.relation == 'above'), rng) if scene.relation else [place_one(lows[0], highs[0], rng)]
+    if scene.relation: places = place_two(lows, highs, int(scene.relation == 'above'), rng)
+    else: places = [place_one(lows[0], highs[0], rng)]
     shade = rng.randint(232, 252)
     image = Image.new('RGB', (size, size), tuple(shade + rng.randint(-3, 3) for _ in range(3)))
     for thing, (x, y), width in zip(scene.things, places, widths):
@@ -140,7 +141,7 @@ def draw_scene(
         image.paste(colour, mask=coverage(thing.shape, x*size, y*size, width*size, size))
     return image
 
-# %% ../nbs/01a_scenes.ipynb #810ae93a
+# %% ../nbs/01a_scenes.ipynb #cdae077f
 HELDOUT = frozenset(Thing(SIZES[k//4 % 2], colour, SHAPES[k % 4]) for k, colour in enumerate(COLOURS))
 
 def is_heldout(
@@ -156,13 +157,15 @@ def random_scene(
 ) -> Scene: # never twice the same thing
     "A scene at random"
     while True:
-        things = tuple(Thing(rng.choice(SIZES), rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(1 + (rng.random() < p_two)))
+        things = tuple(Thing(rng.choice(SIZES), rng.choice(list(COLOURS)), rng.choice(SHAPES))
+                       for _ in range(1 + (rng.random() < p_two)))
         scene = Scene(things, rng.choice(list(INVERSE)) if len(things) == 2 else None)
         if len(set(things)) == len(things) and is_heldout(scene) == heldout: return scene
 
-# %% ../nbs/01a_scenes.ipynb #e7a16d86
+# %% ../nbs/01a_scenes.ipynb #88dc2caf
 SAY = {'small': ('small', 'little'), 'large': ('large', 'big'), # the first word is the usual one
-       'left of': ('left of', 'to the left of', 'on the left of'), 'right of': ('right of', 'to the right of', 'on the right of'),
+       'left of': ('left of', 'to the left of', 'on the left of'), 'right of': ('right of', 'to the right of',
+                                                                                'on the right of'),
        'above': ('above', 'over'), 'below': ('below', 'under')}
 SAY_IT = {'left of': ('to its left', 'on its left'), 'right of': ('to its right', 'on its right'),
           'above': ('above it', 'over it'), 'below': ('below it', 'under it')}
@@ -172,19 +175,21 @@ def say_thing(thing: Thing, rng: random.Random) -> str:
     "Name a thing, such as 'a big red circle'"
     return f'a {rng.choice(SAY[thing.size])} {thing.colour} {thing.shape}'
 
-# %% ../nbs/01a_scenes.ipynb #f485b965
+# %% ../nbs/01a_scenes.ipynb #2856b93d
 def say_one(thing: Thing, rng: random.Random) -> str:
     "One wording for a scene of one thing"
     size, name = rng.choice(SAY[thing.size]), say_thing(thing, rng)
     return rng.choice((name, f'{name} on a light background', *(intro + name for intro in INTROS), f'one{name[1:]}',
-                       f'a {thing.colour} {thing.shape} that is {size}', f'a {thing.shape} that is {size} and {thing.colour}'))
+                       f'a {thing.colour} {thing.shape} that is {size}',
+                       f'a {thing.shape} that is {size} and {thing.colour}'))
 
 def say_two(scene: Scene, rng: random.Random) -> str:
     "One wording for a scene of two things"
     if rng.random() < .5: scene = Scene(scene.things[::-1], INVERSE[scene.relation])
     (a, b), relation = [say_thing(t, rng) for t in scene.things], rng.choice(SAY[scene.relation])
     return rng.choice((f'{a} {relation} {b}', f'{a} {relation} {b}', f'{rng.choice(INTROS)}{a} {relation} {b}',
-                       f'{a} is {relation} {b}', f'{relation} {b} is {a}', f'{b} with {a} {rng.choice(SAY_IT[scene.relation])}'))
+                       f'{a} is {relation} {b}', f'{relation} {b} is {a}',
+                       f'{b} with {a} {rng.choice(SAY_IT[scene.relation])}'))
 
 # %% ../nbs/01a_scenes.ipynb #c79f735e
 def describe_scene(

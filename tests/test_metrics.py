@@ -1,5 +1,5 @@
 """Published scores come out; scores do not depend on order; the two tokenizers agree; bad input is named."""
-import math, random, subprocess, sys
+import random, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -85,11 +85,10 @@ def test_table_says_times_100():
 @pytest.fixture(scope='module')
 def flickr():
     import os
-    from multimodal.datasets import load_dataset
     root = os.environ.get('MULTIMODAL_FLICKR8K')
     if not root: pytest.skip('MULTIMODAL_FLICKR8K is not set')
     import zipfile
-    wanted, captions = [], {}
+    captions = {}
     archive = Path(root)/'Flickr8k_text.zip'
     read = (lambda name: zipfile.ZipFile(archive).read(name).decode()) if archive.exists() else lambda name: (Path(root)/name).read_text()
     for line in read('Flickr8k.token.txt').splitlines():

@@ -97,7 +97,7 @@ def test_no_undefined_or_unused_names(path):
 def test_notebook_cells_are_short_and_kept_outputs_small(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     for src in sources(notebook):
-        long = [l for l in src.split('\n') if len(l) > 120]
+        long = [l for l in src.split('\n') if len(l) > 150]
         assert not long, f'line of {len(long[0])} characters: {long[0][:60]}…'
         if re.search(r'^#\|\s*export', src, re.M):
             n = sum(bool(l.strip()) and not l.startswith('#|') for l in src.split('\n'))

@@ -1,4 +1,4 @@
-"""Drawn scenes: what is drawn and said is read back, wrong captions never pass for true, and a data set is whole or not there."""
+"""Drawn scenes: what is drawn and said is read back, wrong captions never pass, and a data set is whole or absent."""
 import hashlib, random
 
 import numpy as np
@@ -9,7 +9,8 @@ from PIL import Image
 import multimodal.shapes as shapes
 from multimodal.core import UserError
 from multimodal.datasets import read_flickr8k
-from multimodal.shapes import (COLOURS, HELDOUT, INVERSE, SHAPES, SIZES, Scene, Thing, canonical, describe_scene, draw_scene,
+from multimodal.shapes import (COLOURS, HELDOUT, INVERSE, SHAPES, SIZES, Scene, Thing, canonical, describe_scene,
+                               draw_scene,
                                is_heldout, make_shapes, parse_caption, random_scene, read_scene, same_scene)
 
 thing = st.builds(Thing, st.sampled_from(SIZES), st.sampled_from(list(COLOURS)), st.sampled_from(SHAPES))
@@ -56,15 +57,21 @@ def test_a_lost_or_doubled_word_is_never_another_scene(s, k, rng, double):
     words[i:i + 1] = [words[i]]*2 if double else []
     assert (found := parse_caption(' '.join(words))) is None or same_scene(found, s), ' '.join(words)
 
-@pytest.mark.parametrize('text', ['', 'red', 'a red circle', 'a large small red circle', 'a large red circle left of', 'left of',
-                                  'a large red circle left of right of a small blue star', 'a large red circle, a small blue star',
-                                  'a large red circle left of a small blue star left of a small blue star', '🙂', 'not a large red circle',
-                                  'a large red circle that is blue', 'a large red circle that is large', 'a big large red circle',
-                                  'a large red circle above it', 'a large red circle with a small blue star', 'a large mauve circle',
+@pytest.mark.parametrize('text', ['', 'red', 'a red circle', 'a large small red circle', 'a large red circle left of',
+                                  'left of',
+                                  'a large red circle left of right of a small blue star',
+                                  'a large red circle, a small blue star',
+                                  'a large red circle left of a small blue star left of a small blue star', '🙂',
+                                  'not a large red circle',
+                                  'a large red circle that is blue', 'a large red circle that is large',
+                                  'a big large red circle',
+                                  'a large red circle above it', 'a large red circle with a small blue star',
+                                  'a large mauve circle',
                                   'a large red circle left of a small blue star that', 'a 1 large red circle'])
 def test_refused_captions(text): assert parse_caption(text) is None
 
-def test_case_and_punctuation(): assert parse_caption(' A large RED circle.\n') == Scene((Thing('large', 'red', 'circle'),))
+def test_case_and_punctuation(): assert parse_caption(' A large RED circle.\n') == Scene((Thing('large', 'red',
+                                                                                                'circle'),))
 
 @given(st.text())
 def test_any_text_is_survived(text): parse_caption(text)
@@ -85,7 +92,8 @@ def test_forms_of_a_picture():
 
 def test_not_a_scene():
     a, b = (draw_scene(Scene((Thing('small', c, 'circle'),)), seed=k) for k, c in enumerate(('red', 'blue')))
-    assert read_scene(Image.new('RGB', (48, 48), 'white')) is None and read_scene(Image.new('RGB', (48, 48), 'black')) is None
+    assert read_scene(Image.new('RGB', (48, 48), 'white')) is None and read_scene(Image.new('RGB', (48, 48),
+                                                                                            'black')) is None
     three = Image.new('RGB', (48, 48), (240, 240, 240))
     for x, y in ((3, 3), (3, 30), (30, 3)): three.paste((220, 20, 30), (x, y, x + 11, y + 11))
     assert read_scene(three) is None
@@ -115,7 +123,8 @@ def test_the_largest_pairs_fit(relation, shape):
 
 def test_wrong_facts():
     t = Thing('small', 'red', 'star')
-    for wrong in (Scene((Thing('huge', 'red', 'star'),)), Scene((Thing('small', 'mauve', 'star'),)), Scene((Thing('small', 'red', 'cat'),)),
+    for wrong in (Scene((Thing('huge', 'red', 'star'),)), Scene((Thing('small', 'mauve', 'star'),)),
+                  Scene((Thing('small', 'red', 'cat'),)),
                   Scene(()), Scene((t, t)), Scene((t,), 'above'), Scene((t, t), 'near'), Scene((t, t, t), 'above')):
         for act in (draw_scene, describe_scene):
             with pytest.raises(UserError) as error: act(wrong)
@@ -154,7 +163,8 @@ def test_stopped_half_way_leaves_nothing(tmp_path, monkeypatch, stop):
         if split == 'dev': raise stop
         done.append(write_split(folder, split, *args))
     monkeypatch.setattr(shapes, 'write_split', failing)
-    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UserError, match=None if stop is KeyboardInterrupt else 'No space'):
+    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UserError,
+                       match=None if stop is KeyboardInterrupt else 'No space'):
         make_shapes(tmp_path/'shapes', n=24)
     assert done and not list(tmp_path.iterdir())
     monkeypatch.undo()
