@@ -73,7 +73,7 @@ def curves(
     return charts(line_chart(line('loss'), 'Loss (nats per word)', 'epoch'),
                   line_chart(line('accuracy'), 'Share of words right, given the words before', 'epoch'))
 
-# %% ../nbs/39b_demo.ipynb #0af7f4fc
+# %% ../nbs/39b_demo.ipynb #84ab5eda
 def demo_page(
     rows: dict,     # split → judged captions
     history: list,  # of the training
@@ -93,7 +93,7 @@ def demo_page(
          ('Wrong', f'{sum(not r["true"] for r in test)} of {len(test)} captions are not wholly true. The first:',
           gallery(shots(test, False), 'Not a single caption is wrong.')),
          ('Right', 'The first true ones:', gallery(shots(test, True), 'Not a single caption is right.')),
-         ('Never seen', 'Wrong captions of things whose combination of size, colour and shape was kept out of training.',
+         ('Never seen', 'Wrong captions of things whose mix of size, colour and shape was kept out of training.',
           gallery(shots(held, False, 6), 'Not a single caption is wrong.')),
          ('Learning', 'How wrong and how right it was after each round through the training data.', curves(history)),
          ('Scores', 'What papers report, of captions the model wrote. The floor is a constant sentence, the ceiling '
