@@ -16,14 +16,14 @@ from .core import UserError, load_image, show_images
 from .datasets import CaptionData
 from .shapes import parse_caption
 
-# %% ../nbs/03_augment.ipynb #e1c5b1ea
+# %% ../nbs/03_augment.ipynb #859cd6ea
 SIDES = [(f'left{ending}', f'right{ending}') for ending in ('', 'most', 'hand', 'ward', 'wards', 'y')]
 MIRRORED = dict(SIDES) | {right: left for left, right in SIDES}
 SIDE = re.compile(rf'\b(?:{"|".join(MIRRORED)})\b', re.I)
 NEVER = re.compile(r'\b(?:reads?|says?|saying|written|writing|letter(?:s|ed|ing)?|words?|number(?:s|ed)?|label\w*|'
                    r'signs?|logos?|text|clock\w*|\w+clockwise|spell\w*)\b|\d|["“”]', re.I) # read, or turning
 PART_AFTER = re.compile(r'[\s-]+(?:of|hand(?:ed)?|hands|sides?|arms?|legs?|foot|feet|ear|eye|knee|elbow|shoulder|'
-                        r'wrists?|thumb|fingers?|front|back|corner|edge|half|end|lane|wing|turn|hook|kick|jab|punch)\b', re.I)
+                        r'wrists?|thumb|fingers?|front|back|corner|edge|half|end|lane|wing|turn|kick|punch)\b', re.I)
 REMAINS_BEFORE = re.compile(r"\b(?:all|that|what|nothing|little|much)(?:\s?'s| is| was| are| were)?\s+$",
                             re.I) # … left of it
 OWNER_BEFORE = re.compile(r"(?:\b(?:the|his|her|their|its|my|your|our|far|top|bottom|upper|lower)|'s)[\s-]+$", re.I)
@@ -95,7 +95,7 @@ def allowed(
     if any(map(parse_caption, captions)): config = replace(config, crop=1, rotation=min(config.rotation, 5))
     return config
 
-# %% ../nbs/03_augment.ipynb #81aedd4c
+# %% ../nbs/03_augment.ipynb #76c05ce0
 def rim_colour(image) -> list[int]:
     "The mean colour along the four edges of a `PIL.Image`, as [red, green, blue]"
     small, ends = image.resize((16, 16)), (0, 15)
@@ -109,8 +109,8 @@ def photo_changes(
     "The changes of `config` but mirroring, by torchvision, with chance from PyTorch's generator"
     from torchvision.transforms import v2
     steps = []
-    if config.rotation: steps.append(v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR,
-                                                       fill=rim_colour(image)))
+    turn = v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR, fill=rim_colour(image))
+    if config.rotation: steps.append(turn)
     if config.crop < 1:
         shape = image.width/image.height
         steps.append(v2.RandomResizedCrop((image.height, image.width), (config.crop, 1.), (.9*shape, 1.1*shape),

@@ -162,10 +162,10 @@ def random_scene(
         scene = Scene(things, rng.choice(list(INVERSE)) if len(things) == 2 else None)
         if len(set(things)) == len(things) and is_heldout(scene) == heldout: return scene
 
-# %% ../nbs/01a_scenes.ipynb #88dc2caf
+# %% ../nbs/01a_scenes.ipynb #8a8f607e
 SAY = {'small': ('small', 'little'), 'large': ('large', 'big'), # the first word is the usual one
-       'left of': ('left of', 'to the left of', 'on the left of'), 'right of': ('right of', 'to the right of',
-                                                                                'on the right of'),
+       'left of': ('left of', 'to the left of', 'on the left of'),
+       'right of': ('right of', 'to the right of', 'on the right of'),
        'above': ('above', 'over'), 'below': ('below', 'under')}
 SAY_IT = {'left of': ('to its left', 'on its left'), 'right of': ('to its right', 'on its right'),
           'above': ('above it', 'over it'), 'below': ('below it', 'under it')}

@@ -70,8 +70,8 @@ def test_a_lost_or_doubled_word_is_never_another_scene(s, k, rng, double):
                                   'a large red circle left of a small blue star that', 'a 1 large red circle'])
 def test_refused_captions(text): assert parse_caption(text) is None
 
-def test_case_and_punctuation(): assert parse_caption(' A large RED circle.\n') == Scene((Thing('large', 'red',
-                                                                                                'circle'),))
+def test_case_and_punctuation():
+    assert parse_caption(' A large RED circle.\n') == Scene((Thing('large', 'red', 'circle'),))
 
 @given(st.text())
 def test_any_text_is_survived(text): parse_caption(text)
@@ -92,8 +92,7 @@ def test_forms_of_a_picture():
 
 def test_not_a_scene():
     a, b = (draw_scene(Scene((Thing('small', c, 'circle'),)), seed=k) for k, c in enumerate(('red', 'blue')))
-    assert read_scene(Image.new('RGB', (48, 48), 'white')) is None and read_scene(Image.new('RGB', (48, 48),
-                                                                                            'black')) is None
+    for colour in ('white', 'black'): assert read_scene(Image.new('RGB', (48, 48), colour)) is None
     three = Image.new('RGB', (48, 48), (240, 240, 240))
     for x, y in ((3, 3), (3, 30), (30, 3)): three.paste((220, 20, 30), (x, y, x + 11, y + 11))
     assert read_scene(three) is None
