@@ -79,7 +79,7 @@ def has_java() -> bool: # the answer is True where `java` can be started
     "Whether METEOR and coco-caption's own tokenizer can run"
     return shutil.which('java') is not None
 
-# %% ../nbs/09_metrics.ipynb #6bf2901f
+# %% ../nbs/09_metrics.ipynb #e95184f6
 def caption_metrics(
     hypotheses: list[str], # generated captions, one for each image
     references: list[list[str]], # captions that people wrote for the same images, at least one each
@@ -98,6 +98,7 @@ def caption_metrics(
     theirs = {i: [next(rest) for _ in rs] for i, rs in enumerate(references)}
     return {**plain_scores(mine, theirs), 'meteor': meteor_score(mine, theirs) if java and meteor else None}
 
+# %% ../nbs/09_metrics.ipynb #7c3c3dc2
 def check_captions(hypotheses, references):
     "Raise `UserError` unless each hypothesis has references"
     if not hypotheses: raise UserError('no captions to score')
@@ -120,6 +121,7 @@ def plain_scores(
         rouge, cider = Rouge().compute_score(theirs, mine)[0], Cider().compute_score(theirs, mine)[0]
     return {**{f'bleu_{n}': float(b) for n, b in enumerate(bleu, 1)}, 'rouge_l': float(rouge), 'cider': float(cider)}
 
+# %% ../nbs/09_metrics.ipynb #f224ae12
 def meteor_score(
     mine: dict, # image → [caption], words apart by spaces
     theirs: dict, # image → references, likewise
@@ -157,6 +159,7 @@ def ngrams(words: list[str], order: int = 4) -> set: # all runs of 1 to `order` 
     "All runs of words"
     return {tuple(words[i:i + n]) for n in range(1, order + 1) for i in range(len(words) - n + 1)}
 
+# %% ../nbs/09_metrics.ipynb #98fb4603
 def floor(
     seen: list[list[str]], # captions of the training images
     references: list[list[str]], # captions of the images to be scored
