@@ -164,7 +164,7 @@ def one_at_a_time(
         except ImportError: pass                        # Windows: no such lock
         yield
 
-# %% ../nbs/04b_features.ipynb #c1176892
+# %% ../nbs/04b_features.ipynb #b5687d00
 @patch
 def write_view(self: FeatureCache,
     encoder, view, transform, batch_size, progress,
@@ -188,6 +188,7 @@ def write_view(self: FeatureCache,
         os.fsync(f.fileno())
     os.replace(part, self.file(view))
 
+# %% ../nbs/04b_features.ipynb #70a97b5c
 @patch
 def encode_batch(self: FeatureCache, encoder, batch, start):
     "fp16 features [n, P, C] of a batch of `read_view`; zeros for a photo that could not be read, whose reason is kept"
