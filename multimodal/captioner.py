@@ -66,8 +66,10 @@ class CaptionerConfig:
         if self.fusion not in FUSIONS:
             raise UserError(f'captioner: fusion is {self.fusion!r}, must be one of {list(FUSIONS)}')
         for name in 'vocab_size', 'embedding_dim', 'n_layers', 'n_heads', 'max_len', 'ff_mult':
-            if getattr(self, name) < 1: raise UserError(f'captioner: {name} is {getattr(self, name)}, must be at least 1')
-        if not 0 <= self.dropout < 1: raise UserError(f'captioner: dropout is {self.dropout}, must be from 0 to below 1')
+            value = getattr(self, name)
+            if value < 1: raise UserError(f'captioner: {name} is {value}, must be at least 1')
+        if not 0 <= self.dropout < 1:
+            raise UserError(f'captioner: dropout is {self.dropout}, must be from 0 to below 1')
         object.__setattr__(self, 'encoder', replace(self.encoder, embedding_dim=self.embedding_dim))
 
 # %% ../nbs/07_captioner.ipynb #b2733090

@@ -91,7 +91,8 @@ def fetch_rest(
             if (total or 0) - done > free: raise UserError(f'{part}: {total - done:,} bytes to come, {free:,} are free')
             while block := answer.read(1 << 18):
                 done += len(block)
-                if max(done, total or 0) > patience.max_bytes: raise UserError(f'{url}: over {patience.max_bytes:,} bytes')
+                if max(done, total or 0) > patience.max_bytes:
+                    raise UserError(f'{url}: over {patience.max_bytes:,} bytes')
                 with our_disk(part): bar.update(file.write(block))
     if total and done < total: raise ConnectionError(f'broke off at {done:,} of {total:,} bytes')
 

@@ -104,7 +104,8 @@ def read_weights(
         if str(weights).endswith('.safetensors'): return load_file(weights)
         return torch.load(weights, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError, SafetensorError) as e:
-        what = 'the ImageNet weights cannot be downloaded' if weights == 'imagenet' else f'cannot read weights {weights}'
+        named = f'cannot read weights {weights}'
+        what = 'the ImageNet weights cannot be downloaded' if weights == 'imagenet' else named
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f'{what} ({reason}): {WAYS_OUT}') from None
 

@@ -113,7 +113,8 @@ def one_by_one(
     photo, total, words = torch.arange(N, device=device), luck.new_zeros(N), luck.new_zeros(N, 0).long()
     while len(photo):
         logprobs = next_logprobs(writing, words, config)                    # [R, V]
-        token = sample(logprobs, luck[photo, words.shape[1]], config) if config.method == 'sample' else logprobs.argmax(-1)
+        if config.method == 'sample': token = sample(logprobs, luck[photo, words.shape[1]], config)        # [R]
+        else: token = logprobs.argmax(-1)
         total, ended = total + logprobs.gather(1, token[:, None])[:, 0], token == EOS
         for r in ended.nonzero()[:, 0].tolist(): captions[photo[r]] = Caption(words[r].tolist(), total[r].item())
         words = torch.cat([words, token[:, None]], 1)                       # [R, t+1]
@@ -193,7 +194,8 @@ def generate(
 ) -> list[Caption]:  # one for each photo, in order; `vocab.decode(caption.ids)` gives the sentence
     "A caption for each photo of a batch: never empty, always finished"
     room = model.config.max_len - 1
-    if config.max_len > room: raise UserError(f'generate: max_len is {config.max_len}, the model has room for {room} words')
+    if config.max_len > room:
+        raise UserError(f'generate: max_len is {config.max_len}, the model has room for {room} words')
     if model.config.vocab_size <= UNK + 1: raise UserError('generate: the vocabulary has no words')
     search = beam_search if config.method == 'beam' and config.beam > 1 else one_by_one
     training = model.training

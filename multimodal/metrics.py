@@ -40,7 +40,7 @@ def perplexity(
     return math.exp(min(loss, 700))
 
 # %% ../nbs/09_metrics.ipynb #178c4123
-PUNCTUATION = frozenset(["''", "'", '``', '`', '.', '?', '!', ',', ':', '-', '--', '...', ';'])     # coco-caption's list
+PUNCTUATION = frozenset(["''", "'", '``', '`', '.', '?', '!', ',', ':', '-', '--', '...', ';'])   # coco-caption's
 
 def split_python(
     captions: list[str], # sentences
@@ -59,7 +59,8 @@ def split_java(
     from pycocoevalcap.tokenizer import ptbtokenizer
     lines = {i: [{'caption': ' '.join(c.split()) or '.'}] for i, c in enumerate([*captions, 'end'])}
     with quiet(): cut = ptbtokenizer.PTBTokenizer().tokenize(lines)
-    if len(cut) != len(lines): raise UserError(f'the Java tokenizer gave {len(cut)} lines for {len(lines)}: use tokenizer="python"')
+    if len(cut) != len(lines):
+        raise UserError(f'the Java tokenizer gave {len(cut)} lines for {len(lines)}: use tokenizer="python"')
     return [cut[i][0] for i in range(len(captions))]
 
 # %% ../nbs/09_metrics.ipynb #6699c7a8
@@ -88,8 +89,10 @@ def caption_metrics(
 ) -> dict: # bleu_1 … bleu_4, rouge_l, cider, and meteor, which is None without Java
     "Score captions as coco-caption does; raises `UserError` where there is nothing to compare"
     check_captions(hypotheses, references)
-    if tokenizer not in ('auto', 'java', 'python'): raise UserError(f'tokenizer {tokenizer!r}: choose auto, java or python')
-    if tokenizer == 'java' and not has_java(): raise UserError('tokenizer "java" needs Java; install one, or use "python"')
+    if tokenizer not in ('auto', 'java', 'python'):
+        raise UserError(f'tokenizer {tokenizer!r}: choose auto, java or python')
+    if tokenizer == 'java' and not has_java():
+        raise UserError('tokenizer "java" needs Java; install one, or use "python"')
     java = tokenizer != 'python' and has_java()
     cut = split_java if java else split_python
     flat = cut([*hypotheses, *(r for rs in references for r in rs)])
@@ -103,7 +106,8 @@ def check_captions(hypotheses, references):
     "Raise `UserError` unless each hypothesis has references"
     if not hypotheses: raise UserError('no captions to score')
     if len(hypotheses) != len(references):
-        raise UserError(f'{len(hypotheses)} captions and references for {len(references)} images: they must belong together')
+        raise UserError(f'{len(hypotheses)} captions and references for {len(references)} images: '
+                        'they must belong together')
     for i, rs in enumerate(references):
         if isinstance(rs, str) or not rs: raise UserError(f'image {i}: needs a list of at least one reference')
 
