@@ -48,7 +48,7 @@ class CrossFusion(nn.Module):
 
 FUSIONS = {'fc': FCFusion, 'cross': CrossFusion}
 
-# %% ../nbs/07_captioner.ipynb #2c5fd2e5
+# %% ../nbs/07_captioner.ipynb #e9a41b7d
 @dataclass(frozen=True)
 class CaptionerConfig:
     "All that describes a `Captioner`, in plain values"

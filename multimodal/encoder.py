@@ -90,7 +90,7 @@ def resnet_trunk(
     names = ['conv1', 'bn1', 'relu', 'maxpool'] + [f'layer{i+1}' for i in range(stage)]
     return nn.Sequential(OrderedDict((name, getattr(net, name)) for name in names))
 
-# %% ../nbs/04_encoder.ipynb #6766c776
+# %% ../nbs/04_encoder.ipynb #fae43f98
 WAYS_OUT = ("connect to the network once, or give the path of a torchvision resnet18 state_dict as weights, "
             "or train from random weights with weights 'none'")
 
@@ -125,14 +125,14 @@ def load_trunk(
     trunk.load_state_dict({name: tensor for name, tensor in given.items() if name in wanted}, strict=False)
     return trunk
 
-# %% ../nbs/04_encoder.ipynb #8ab59a66
+# %% ../nbs/04_encoder.ipynb #94665c1c
 def places(
     config: EncoderConfig,  # its grid and `embedding_dim`
 ) -> torch.Tensor:  # [P, D]
     "A first vector for each place of a grid, linear in its row and column"
     across = torch.linspace(-1, 1, config.side)
     rows, columns = torch.meshgrid(across, across, indexing='ij')         # [side, side] each
-    return torch.stack([rows, columns], -1).flatten(0, 1) @ torch.randn(2, config.embedding_dim)*.5
+    return torch.stack([rows, columns], -1).flatten(0, 1) @ torch.randn(2, config.embedding_dim)
 
 # %% ../nbs/04_encoder.ipynb #26e02c62
 class ImageEncoder(nn.Module):

@@ -79,14 +79,14 @@ class OutputDecoder(nn.Module):
             x = block(x, photo, caches[i] if caches else None)
         return self.norm(x)
 
-# %% ../nbs/06b_transformer.ipynb #937ecd88
+# %% ../nbs/06b_transformer.ipynb #2b5839a3
 def init_weights(
     model: nn.Module,  # changed in place
     n_layers: int,  # L
 ):
-    "GPT-2's start: matrices of deviation .02, those that end a branch smaller by √(2L), no biases"
+    "Matrices of deviation 1/√(inputs), those that end a branch smaller by √(2L) as in GPT-2; no biases"
     for name, p in model.named_parameters():
         if name.endswith('bias'): nn.init.zeros_(p)
         elif p.dim() > 1:
             ends_a_branch = name.endswith(('out.weight', 'ff.2.weight'))
-            nn.init.normal_(p, std=.02 / (2*n_layers)**.5 if ends_a_branch else .02)
+            nn.init.normal_(p, std=p.shape[1]**-.5 / ((2*n_layers)**.5 if ends_a_branch else 1))

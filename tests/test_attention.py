@@ -170,8 +170,8 @@ def test_initial_weights():
     decoder = OutputDecoder(8, 128, 4)
     init_weights(decoder, 8)
     block = decoder.blocks[3]
-    assert abs(block.ff[0].weight.std() - .02) < .001 and abs(block.ff[2].weight.std() - .02/4) < .0005
-    assert abs(block.attend_cross.out.weight.std() - .02/4) < .0005
+    assert abs(block.ff[0].weight.std()*128**.5 - 1) < .02 and abs(block.ff[2].weight.std()*512**.5 - 1/4) < .005
+    assert abs(block.attend_cross.out.weight.std()*128**.5 - 1/4) < .005
     assert all((p == 0).all() for name, p in decoder.named_parameters() if name.endswith('bias'))
     assert all((p == 1).all() for name, p in decoder.named_parameters() if 'norm' in name and name.endswith('weight'))
 
