@@ -19,15 +19,15 @@ from .runs import Run, train_captions
 from .scenes import Scene, same_scene
 from .shapes import make_shapes, parse_caption
 
-# %% ../nbs/39b_demo.ipynb #d20032d2
+# %% ../nbs/39b_demo.ipynb #9be8a231
 SIZE = 48  # pixels of a drawn scene's side
 
 SHAPES = RunConfig(data='shapes', weights='none', trainable='all', stage=2, image_size=SIZE, embedding_dim=128,
                    n_layers=2, min_count=1, max_words=30, dropout=0.0, batch_size=16, captions_per_image=3, lr=1e-3,
-                   warmup=0.1, epochs=30)
+                   warmup=0.1, epochs=12)
 
-DEMO = replace(SHAPES, epochs=8, max_seconds=150.0)
-DEMO_SCENES = 6000
+DEMO = replace(SHAPES, epochs=6, max_seconds=150.0)
+DEMO_SCENES = 8000
 
 # %% ../nbs/39b_demo.ipynb #1d389baf
 def true_scene(

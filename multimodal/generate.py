@@ -15,7 +15,7 @@ from .captioner import Captioner, Memory, Writing
 from .core import UserError
 from .text import BOS, EOS, PAD, UNK
 
-# %% ../nbs/08_generate.ipynb #22d74fe1
+# %% ../nbs/08_generate.ipynb #4164155b
 @dataclass(frozen=True)
 class GenerateConfig:
     "How captions are written"
@@ -23,7 +23,7 @@ class GenerateConfig:
     beam: int = 5                # 'beam': K, drafts kept side by side
     max_len: int = 30            # most words in a caption
     min_len: int = 1             # fewest words in a caption
-    length_penalty: float = 1.0  # 'beam': drafts are ranked by logprob / length**length_penalty
+    length_penalty: float = 0.7  # 'beam': drafts are ranked by logprob / length**length_penalty
     no_repeat_ngram: int = 0     # no n words in a row come twice; 0: they may
     temperature: float = 1.0     # 'sample': below 1 more careful, above 1 wilder
     top_k: int = 0               # 'sample': only the k likeliest words; 0: all
@@ -95,7 +95,7 @@ def sample(
     last = (p > 0).sum(-1, keepdim=True) - 1                                # rounding must not fall off the end
     return ids.gather(1, place.minimum(last))[:, 0]
 
-# %% ../nbs/08_generate.ipynb #28588927
+# %% ../nbs/08_generate.ipynb #c4d186dd
 class Caption(NamedTuple):
     "A caption as the model wrote it"
     ids: list  # its words, without BOS and EOS
@@ -107,14 +107,13 @@ def one_by_one(
     config: GenerateConfig,  # method 'sample', or else greedy
 ) -> list[Caption]:
     "One draft for each photo, one word after the other"
-    N, device = len(memory.vectors), memory.vectors.device
+    N, device, greedy = len(memory.vectors), memory.vectors.device, config.method != 'sample'
     luck = torch.rand(N, config.max_len + 1, generator=torch.Generator().manual_seed(config.seed)).to(device)
     writing, captions = Writing(model, memory, config.max_len + 1), [None]*N
     photo, total, words = torch.arange(N, device=device), luck.new_zeros(N), luck.new_zeros(N, 0).long()
     while len(photo):
         logprobs = next_logprobs(writing, words, config)                    # [R, V]
-        if config.method == 'sample': token = sample(logprobs, luck[photo, words.shape[1]], config)        # [R]
-        else: token = logprobs.argmax(-1)
+        token = logprobs.argmax(-1) if greedy else sample(logprobs, luck[photo, words.shape[1]], config)   # [R]
         total, ended = total + logprobs.gather(1, token[:, None])[:, 0], token == EOS
         for r in ended.nonzero()[:, 0].tolist(): captions[photo[r]] = Caption(words[r].tolist(), total[r].item())
         words = torch.cat([words, token[:, None]], 1)                       # [R, t+1]
@@ -185,7 +184,7 @@ def beam_search(
         photo, done, total, words = [photo[i] for i in left], [done[i] for i in left], total[left], words[left]
     return captions
 
-# %% ../nbs/08_generate.ipynb #c90cc22c
+# %% ../nbs/08_generate.ipynb #66c8a886
 @torch.inference_mode()
 def generate(
     model: Captioner,

@@ -166,7 +166,7 @@ def test_hugging_face(models, transformers, beam, rules):
         theirs = to_gpt2(reseed(model, seed, std=.35, ending=1.5), transformers)
         features = torch.randn(6, 9, 64)
         ours = generate(model, features, GenerateConfig(beam=beam, max_len=38, **rules))
-        kw = {'length_penalty': rules.get('length_penalty', 1.)} if beam > 1 else {}
+        kw = {'length_penalty': rules.get('length_penalty', GenerateConfig.length_penalty)} if beam > 1 else {}
         with torch.inference_mode():
             ids = theirs.generate(
                 torch.full((6, 1), BOS), attention_mask=torch.ones(6, 1, dtype=torch.long),
