@@ -48,7 +48,7 @@ class CrossFusion(nn.Module):
 
 FUSIONS = {'fc': FCFusion, 'cross': CrossFusion}
 
-# %% ../nbs/07_captioner.ipynb #e9a41b7d
+# %% ../nbs/07_captioner.ipynb #a5e3f62a
 @dataclass(frozen=True)
 class CaptionerConfig:
     "All that describes a `Captioner`, in plain values"
@@ -57,7 +57,7 @@ class CaptionerConfig:
     n_layers: int = 3            # L, blocks of the decoder
     n_heads: int = 4             # h, a divisor of D
     max_len: int = 64            # positions; a caption with its BOS must not be longer
-    dropout: float = 0.1         # share hidden in training, of embeddings, attention weights and branches
+    dropout: float = 0.1         # share hidden in training, of embeddings and of what branches add
     fusion: str = 'cross'        # how the photo comes in: 'fc' or 'cross'
     ff_mult: int = 4             # width of feed-forward layers, in multiples of D
     encoder: EncoderConfig = field(default_factory=EncoderConfig)   # its embedding_dim becomes D

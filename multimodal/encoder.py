@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'WAYS_OUT', 'ImageTransform', 'EncoderConfig', 'resnet_trunk', 'read_weights',
            'load_trunk', 'places', 'ImageEncoder']
 
-# %% ../nbs/04_encoder.ipynb #b6428b7e
+# %% ../nbs/04_encoder.ipynb #f985b13b
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from http.client import HTTPException
 from pickle import UnpicklingError
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
 from safetensors import SafetensorError
@@ -45,13 +46,14 @@ class ImageTransform:
 IMAGENET_MEAN = torch.tensor([.485, .456, .406])[:, None, None]
 IMAGENET_STD = torch.tensor([.229, .224, .225])[:, None, None]
 
-# %% ../nbs/04_encoder.ipynb #a1af855e
+# %% ../nbs/04_encoder.ipynb #f98d8473
 @dataclass(frozen=True)
 class EncoderConfig:
     "All that describes an `ImageEncoder`, in plain values"
     embedding_dim: int = 256    # D, length of the vectors that come out
     weights: str = 'imagenet'   # 'imagenet', the path of a file, or 'none' for random weights
     stage: int = 4              # last ResNet stage kept, 1 to 4
+    below: int = 0              # stages below it that are told too, averaged onto its grid
     pool: str = 'grid'          # 'grid' for a vector per place, 'vector' for their average
     trainable: str = 'none'     # which part of the trunk learns: 'none', 'last' or 'all'
     image_size: int = 224       # side of the square picture in pixels
@@ -62,13 +64,18 @@ class EncoderConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f'encoder: {name} is {getattr(self, name)!r}, must be one of {allowed}')
+        if self.below < 0: raise UserError(f'encoder: below is {self.below}, must be 0 or more')
         if self.image_size < 8: raise UserError(f'encoder: image_size is {self.image_size}, must be at least 8')
         if not 0 <= self.dropout < 1: raise UserError(f'encoder: dropout is {self.dropout}, must be from 0 to below 1')
 
-# %% ../nbs/04_encoder.ipynb #b4bd2774
+# %% ../nbs/04_encoder.ipynb #3974ea7b
+@patch(as_prop=True)
+def stages(self: EncoderConfig) -> range:  # numbers of the stages that are told
+    return range(max(1, self.stage - self.below), self.stage + 1)
+
 @patch(as_prop=True)
 def channels(self: EncoderConfig) -> int:  # C, numbers per place that the trunk gives
-    return 64 * 2**(self.stage - 1)
+    return sum(64 * 2**(stage - 1) for stage in self.stages)
 
 @patch(as_prop=True)
 def side(self: EncoderConfig) -> int:  # places along one side of the grid
@@ -164,7 +171,7 @@ def train(self: ImageEncoder, mode: bool = True):
     for part in self.trained_parts(): part.train(mode)
     return self
 
-# %% ../nbs/04_encoder.ipynb #13f50cd3
+# %% ../nbs/04_encoder.ipynb #36dfce7e
 @patch
 def features(self: ImageEncoder,
     images: torch.Tensor,  # [N, 3, H, W], normalised, H = W = config.image_size
@@ -173,10 +180,16 @@ def features(self: ImageEncoder,
     size = self.config.image_size
     if images.shape[1:] != (3, size, size):
         raise UserError(f'encoder: pictures are {list(images.shape[1:])}, this encoder wants [3, {size}, {size}]')
-    x = self.trunk(images.contiguous(memory_format=torch.channels_last))  # [N, C, h, w]
+    told, kept = {f'layer{stage}' for stage in self.config.stages}, []
+    x = images.contiguous(memory_format=torch.channels_last)
+    for name, part in self.trunk.named_children():
+        x = part(x)                                                       # [N, its channels, its h, its w]
+        if name in told: kept.append(x)
+    x = torch.cat([F.adaptive_avg_pool2d(k, x.shape[-2:]) for k in kept], 1)                  # [N, C, h, w]
     if self.config.pool == 'vector': return x.mean((2, 3))[:, None]       # [N, 1, C]
     return x.flatten(2).transpose(1, 2)                                   # [N, P, C]
 
+# %% ../nbs/04_encoder.ipynb #62fd3c16
 @patch
 def project(self: ImageEncoder,
     features: torch.Tensor,  # [N, P, C], from `features` or from a cache

@@ -64,8 +64,8 @@ def cache_facts(
         try: s = os.stat(path)
         except OSError: return [str(path), None, None]
         return [os.path.abspath(path), s.st_size, s.st_mtime_ns]
-    return dict(weights=encoder.weights_fingerprint(), stage=encoder.config.stage, pool=encoder.config.pool,
-                transform=transform.fingerprint(), views='1', files=[about(p) for p in paths])
+    return dict(weights=encoder.weights_fingerprint(), stage=encoder.config.stage, below=encoder.config.below,
+                pool=encoder.config.pool, transform=transform.fingerprint(), views='1', files=[about(p) for p in paths])
 
 def cache_key(
     facts: dict,  # of `cache_facts`

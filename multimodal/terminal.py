@@ -95,7 +95,7 @@ def open_data(
     n = int(m[1] or 12_000)
     return load_dataset(make_shapes(home()/f'shapes-{n}-{SIZE}', n=n, size=SIZE))
 
-# %% ../nbs/39c_terminal.ipynb #d26ca1d8
+# %% ../nbs/39c_terminal.ipynb #6368cd41
 def settings(
     pairs: list | None,  # of 'name=value'
 ) -> dict:
@@ -120,8 +120,8 @@ def changed(
 def recipe_for(data: str, given: dict):  # `RunConfig`
     "What to train with: the recipe for this data, changed as asked"
     from multimodal.demo import SHAPES
-    from multimodal.recipe import RunConfig
-    return changed(SHAPES if is_drawn(data) else RunConfig(), {'data': data, **given})
+    from multimodal.recipe import PHOTOS
+    return changed(SHAPES if is_drawn(data) else PHOTOS, {'data': data, **given})
 
 # %% ../nbs/39c_terminal.ipynb #25345a96
 def read_lines(path: str) -> list:  # of str

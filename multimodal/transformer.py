@@ -32,19 +32,19 @@ class TextEncoder(nn.Module):
         if end > room: raise UserError(f'text encoder: a caption of {end} tokens, and only {room} positions')
         return self.dropout(self.words(tokens) + self.positions.weight[start:end])
 
-# %% ../nbs/06b_transformer.ipynb #f20b01ca
+# %% ../nbs/06b_transformer.ipynb #24c754b0
 class Block(nn.Module):
     "One layer of the decoder: words look back, look at the photo, and think it over"
     def __init__(self,
         dim: int,  # D
         n_heads: int,  # h, a divisor of D
-        dropout: float = 0.,  # share hidden in training, of attention weights and of what is added
+        dropout: float = 0.,  # share hidden in training, of what each branch adds
         ff_mult: int = 4,  # width of the feed-forward layer, in multiples of D
         cross: bool = True,  # can it look at a photo?
     ):
         super().__init__()
-        self.norm_self, self.attend_self = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads, dropout)
-        if cross: self.norm_cross, self.attend_cross = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads, dropout)
+        self.norm_self, self.attend_self = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
+        if cross: self.norm_cross, self.attend_cross = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
         wide = ff_mult * dim
         self.norm_ff, self.ff = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
         self.dropout = nn.Dropout(dropout)
