@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'RunConfig', 'pick', 'run_config', 'caption_loss', 'change_pixels', 'make_loaders']
 
-# %% ../nbs/10a_recipe.ipynb #201d8125
+# %% ../nbs/10a_recipe.ipynb #9ac4e299
 import random, sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -17,9 +17,10 @@ from .core import UserError
 from .dataloaders import Batch, CaptionDataset, make_loader
 from .datasets import CaptionData
 from .encoder import EncoderConfig, ImageTransform
-from .features import FeatureCache, check_view, is_flipped
+from .features import FeatureCache
 from .optim import TrainConfig
 from .text import PAD, Vocab
+from .views import check_view, is_flipped
 
 # %% ../nbs/10a_recipe.ipynb #4b32b944
 @dataclass(frozen=True)
