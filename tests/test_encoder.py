@@ -1,0 +1,148 @@
+"""The image encoder: torchvision's own numbers, what is frozen stays so, and files that are no weights."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import resnet18
+from torchvision.transforms import v2
+
+from multimodal.core import UserError
+from multimodal.encoder import EncoderConfig, ImageEncoder, ImageTransform, load_trunk, read_weights
+
+
+def make(**config):
+    torch.manual_seed(0)
+    return ImageEncoder(EncoderConfig(**{'weights': 'none', 'image_size': 48, 'embedding_dim': 16, **config}))
+
+
+def theirs(net, x, stages):
+    "The outputs of some stages of torchvision's ResNet18"
+    out = []
+    for name, part in list(net.named_children())[:-2]:
+        x = part(x)
+        if name in {f'layer{s}' for s in stages}: out.append(x)
+    return out
+
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(1)
+    net = resnet18().eval()
+    for m in net.modules():                                    # batch norms that do something
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, .1)
+            m.running_var.uniform_(.5, 2)
+    return net
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('stage', [1, 2, 3, 4])
+def test_features_are_torchvisions(net, tmp_path, stage, suffix):
+    path = tmp_path/f'w{suffix}'
+    if suffix == '.pth': torch.save(net.state_dict(), path)
+    else: save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
+    encoder, x = make(weights=str(path), stage=stage).eval(), torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        grid = theirs(net, x, [stage])[0]                                                       # [2, C, h, w]
+        assert torch.allclose(encoder.features(x), grid.flatten(2).transpose(1, 2), atol=1e-4)
+        pooled = make(weights=str(path), stage=stage, pool='vector').eval().features(x)
+    assert torch.allclose(pooled, grid.mean((2, 3))[:, None], atol=1e-4)
+    assert encoder.config.n_patches == grid.shape[2]*grid.shape[3] and encoder.config.channels == grid.shape[1]
+
+
+@pytest.mark.parametrize('stage,below', [(4, 2), (4, 1), (3, 2), (2, 5)])
+def test_stages_below_are_averaged_onto_the_grid(net, tmp_path, stage, below):
+    torch.save(net.state_dict(), tmp_path/'w.pth')
+    encoder, x = make(weights=str(tmp_path/'w.pth'), stage=stage, below=below, image_size=64).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        kept = theirs(net, x, range(max(1, stage - below), stage + 1))
+        side = kept[-1].shape[-1]
+        means = [k.unfold(2, k.shape[2]//side, k.shape[2]//side).unfold(3, k.shape[3]//side, k.shape[3]//side).mean((4, 5))
+                 for k in kept]
+        assert torch.allclose(encoder.features(x), torch.cat(means, 1).flatten(2).transpose(1, 2), atol=1e-4)
+    assert encoder(x).shape == (2, side**2, 16)
+
+
+@pytest.mark.parametrize('trainable,moves', [('none', set()), ('last', {'layer2'}), ('all', {'conv1', 'bn1', 'layer1', 'layer2'})])
+def test_what_is_frozen_stays_and_what_learns_moves(trainable, moves):
+    encoder = make(stage=2, below=1, trainable=trainable).train()
+    before = copy.deepcopy(encoder.trunk.state_dict())
+    learns = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learns, lr=.1)
+    for _ in range(2):
+        encoder.train()
+        encoder(torch.randn(4, 3, 48, 48)).pow(2).sum().backward()
+        optimizer.step()
+    after = encoder.trunk.state_dict()
+    moved = {k.split('.')[0] for k in after if not torch.equal(after[k], before[k])}
+    statistics = {k.split('.')[0] for k in after if 'running_mean' in k and not torch.equal(after[k], before[k])}
+    assert moved == moves and statistics == {m for m in moves if m != 'conv1'}
+    assert encoder.linear.weight.grad.abs().sum() > 0
+
+
+def test_a_photo_is_squashed_as_torchvision_does():
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 255, (90, 160, 3), dtype=np.uint8)).resize((320, 180), Image.Resampling.BICUBIC)
+    ours = ImageTransform(64)(photo)
+    other = v2.Compose([v2.Resize((64, 64)), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                        v2.Normalize([.485, .456, .406], [.229, .224, .225])])(photo)
+    assert torch.allclose(ours, other, atol=1e-5)
+    assert torch.allclose(ImageTransform(64).undo(ours), v2.functional.pil_to_tensor(photo.resize((64, 64), 2)).float()/255, atol=1e-5)
+    assert ImageTransform(32)(photo.convert('L')).shape == (3, 32, 32)
+
+
+def test_left_and_right_are_told_apart_before_any_training():
+    encoder = make(stage=2).eval()
+    x = torch.randn(1, 128, 1).expand(1, 128, 36).transpose(1, 2)                               # the same in every place
+    places = encoder.project(x)[0]
+    assert torch.pdist(places).min() > .1
+
+
+@pytest.mark.parametrize('harm', ['missing', 'empty', 'text', 'cut', 'other', 'list', 'folder'])
+def test_what_is_no_weights_file_is_one_line_with_three_ways_out(net, tmp_path, harm):
+    path = tmp_path/'w.pth'
+    if harm == 'empty': path.write_bytes(b'')
+    if harm == 'text': path.write_text('<html>')
+    if harm == 'cut':
+        torch.save(net.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:10**6])
+    if harm == 'other': torch.save({'conv1.weight': torch.zeros(3)}, path)
+    if harm == 'list': torch.save([1, 2], path)
+    if harm == 'folder': path.mkdir()
+    with pytest.raises(UserError) as e: load_trunk(EncoderConfig(weights=str(path)))
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+    if harm in ('other', 'list'): assert "not those of torchvision's resnet18" in str(e.value)
+    else: assert all(way in str(e.value) for way in ('connect to the network', 'give the path', "weights 'none'"))
+
+
+def test_no_network_and_no_file_is_one_line_with_three_ways_out(tmp_path, monkeypatch):
+    from urllib.error import URLError
+    def offline(*args, **kwargs): raise URLError('no route')
+    monkeypatch.setattr('torch.hub.download_url_to_file', offline)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with pytest.raises(UserError, match='cannot be downloaded.*no route.*connect to the network') as e: read_weights('imagenet')
+    assert '\n' not in str(e.value) and "weights 'none'" in str(e.value)
+
+
+@pytest.mark.parametrize('wrong', [dict(stage=0), dict(stage=5), dict(below=-1), dict(pool='max'), dict(trainable='some'),
+                                   dict(image_size=4), dict(dropout=1.)])
+def test_impossible_settings_are_refused_at_once(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))): EncoderConfig(**wrong)
+
+
+def test_pictures_and_features_of_another_shape_are_refused():
+    encoder = make(stage=2)
+    with pytest.raises(UserError, match=r'pictures are \[3, 32, 32\]'): encoder(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UserError, match=r'features are \[9, 128\]'): encoder.project(torch.zeros(1, 9, 128))
+
+
+def test_the_fingerprint_is_of_the_weights_and_nothing_else():
+    a, b = make(stage=2), make(stage=2)
+    assert a.weights_fingerprint() == b.weights_fingerprint()
+    b.linear.weight.data.zero_()
+    assert a.weights_fingerprint() == b.weights_fingerprint()
+    b.trunk.layer2[1].bn2.running_var[3] += 1e-3
+    assert a.weights_fingerprint() != b.weights_fingerprint()
