@@ -116,7 +116,7 @@ def encode_batch(self: FeatureCache,
             out[good] = encoder.features(images).half().cpu().numpy()
     return out
 
-# %% ../nbs/04b_features.ipynb #9b0609b4
+# %% ../nbs/04b_features.ipynb #5fc1cfe2
 @patch
 def write_view(self: FeatureCache, encoder: ImageEncoder, view: str, transform: ImageTransform, batch_size: int,
                progress: bool):
@@ -126,6 +126,7 @@ def write_view(self: FeatureCache, encoder: ImageEncoder, view: str, transform: 
     try:
         with open(part, 'r+b' if part.exists() else 'w+b') as f:
             done = max(0, os.fstat(f.fileno()).st_size - len(self.header))//self.row_bytes
+            done -= done % batch_size                                              # whole batches: the same rounding
             if not done: f.write(self.header)
             f.truncate(f.seek(len(self.header) + done*self.row_bytes))
             bar = tqdm(total=len(self), initial=done, desc=f'features, {view}', unit=' photos', disable=not progress)
@@ -152,21 +153,25 @@ def check_space(self: FeatureCache, views: list):
         raise UserError(f'features need {need/1e9:,.1f} GB in {self.folder}, which has {free/1e9:,.1f} GB left: '
                         'free some space, or choose another folder or fewer views')
 
-# %% ../nbs/04b_features.ipynb #7285278b
+# %% ../nbs/04b_features.ipynb #ff85093b
 @contextmanager
 def one_at_a_time(
     folder: Path,  # made if need be
 ):
     "A block that only one process at a time is in, for this folder (where the system has file locks)"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'lock', 'w') as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder/'lock', 'w')
+    except OSError as error: raise UserError(f'{folder}: cannot be written ({error.strerror}); '
+                                             'choose another folder for features') from error
+    with lock:
         try:
             import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX)                                          # let go when the file is closed
-        except ImportError: pass                                                   # Windows
+            fcntl.flock(lock, fcntl.LOCK_EX)                                       # let go when the file is closed
+        except (ImportError, OSError): pass                                        # Windows; drives without locks
         yield
 
-# %% ../nbs/04b_features.ipynb #5049461e
+# %% ../nbs/04b_features.ipynb #4e0f7113
 @patch(cls_method=True)
 def build(cls: FeatureCache,
     encoder: ImageEncoder,       # frozen; its `features` are kept
@@ -187,6 +192,6 @@ def build(cls: FeatureCache,
         missing = [view for view in dict.fromkeys(views) if not cache.is_whole(view)]
         cache.check_space(missing)
         for view in missing: cache.write_view(encoder, view, transform, batch_size, progress)
-    cache = cls(folder, paths, cache.shape, views, cache.skipped)                   # now all that were skipped are known
+    cache = cls(folder, paths, cache.shape, views, cache.skipped)              # now all that were skipped are known
     if not cache.rows: raise UserError(f'features: {left_out_line(cache.skipped, len(cache))}')
     return cache
