@@ -396,7 +396,7 @@ def test_a_disk_that_fills_half_way(rows, encoder, paths, tmp_path, monkeypatch)
     seen = count_batches(encoder)
     again = build(encoder, paths, tmp_path/'c', views=('plain', 'flip'))
     assert bytes_of(again, 'flip') == bytes_of(whole, 'flip')
-    assert len(seen) == math.ceil((N - int(rows)//4*4)/4)             # whole batches that were saved are not computed again
+    assert len(seen) == math.ceil((N - int(rows)//4*4)/4)             # saved whole batches are kept
 
 
 def test_a_folder_that_cannot_be_written(encoder, paths, tmp_path):
