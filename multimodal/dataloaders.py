@@ -53,7 +53,7 @@ def collate(
     return Batch(torch.stack([s.image for s in samples]), [pad([captions[j] for j in chunk]) for chunk in chunks],
                  [torch.from_numpy(owners[chunk]) for chunk in chunks])
 
-# %% ../nbs/05_dataloaders.ipynb #0c1d0a89
+# %% ../nbs/05_dataloaders.ipynb #f27f75d6
 class CaptionDataset(Dataset):
     "Images with their captions as ids; one view of each image per epoch, drawn from (seed, epoch)"
     def __init__(self,
@@ -73,11 +73,12 @@ class CaptionDataset(Dataset):
         if not self.items: raise UserError(f'none of {len(items)} images can be used')
         self.captions_per_image, self.views, self.ids = captions_per_image, tuple(views), {}
         self.set_flips(flip_caption)
+        self.check_source()
         self.set_epoch(0)
 
     def __len__(self): return len(self.items)
 
-# %% ../nbs/05_dataloaders.ipynb #850656ee
+# %% ../nbs/05_dataloaders.ipynb #d151695e
 @patch
 def encode(self: CaptionDataset, caption: str) -> np.ndarray:  # ids; each caption is encoded once
     if caption not in self.ids: self.ids[caption] = np.array(self.vocab.encode(caption, self.max_len), np.int64)
@@ -88,10 +89,17 @@ def set_flips(self: CaptionDataset, flip_caption):
     "Note what each caption says of the mirrored image, and which views each image can have"
     straight = tuple(v for v in self.views if not is_flipped(v)) or ('plain',)
     if set(self.views) <= set(straight): self.choices = [self.views]*len(self); return
-    if flip_caption is None: raise UserError('flipped views need flip_caption, which exchanges left and right in a caption')
+    if flip_caption is None:
+        raise UserError('flipped views need flip_caption, which exchanges left and right in a caption')
     self.flipped = {c: flip_caption(c) for item in self.items for c in item.captions}
     sure = [all(self.flipped[c] is not None for c in item.captions) for item in self.items]
     self.choices = [self.views if s else straight for s in sure]
+
+@patch
+def check_source(self: CaptionDataset):
+    "Raises `UserError` where the source lacks a view, or has features and no pixels to augment"
+    for view in sorted(set().union(*self.choices)): self.source.get(self.source.rows[str(self.items[0].image)], view)
+    if self.augment and not hasattr(self.source, 'image'): raise UserError('augment changes pixels, not features')
 
 @patch
 def set_epoch(self: CaptionDataset, epoch: int):
@@ -117,7 +125,7 @@ def __getitem__(self: CaptionDataset, i: int) -> Sample|None:  # None where the 
     except UserError as e: return warnings.warn(f'left out: {e}')
     return Sample(torch.as_tensor(image).float(), [self.encode(c) for c in captions])
 
-# %% ../nbs/05_dataloaders.ipynb #443d3602
+# %% ../nbs/05_dataloaders.ipynb #44b27fd1
 class EpochSampler(Sampler):
     "The order of an epoch, drawn from (seed, dataset.epoch)"
     def __init__(self, dataset, shuffle: bool, seed: int = 0):
@@ -125,7 +133,8 @@ class EpochSampler(Sampler):
     def __len__(self): return len(self.dataset)
     def __iter__(self):
         n, epoch = len(self.dataset), self.dataset.epoch
-        yield from (np.random.default_rng((self.seed, epoch, 1)).permutation(n) if self.shuffle else np.arange(n)).tolist()
+        shuffled = np.random.default_rng((self.seed, epoch, 1)).permutation(n)
+        yield from (shuffled if self.shuffle else np.arange(n)).tolist()
 
 def make_loader(
     dataset: CaptionDataset,  # its `set_epoch` decides order and views

@@ -13,7 +13,10 @@ from multimodal.augment import augment, flip_caption
 from multimodal.core import UserError
 from multimodal.dataloaders import CaptionDataset, Sample, collate, make_loader, pad
 from multimodal.datasets import Item
-from multimodal.encoder import ImageTransform
+from multimodal.encoder import EncoderConfig, ImageEncoder, ImageTransform
+from multimodal.features import FeatureCache
+from multimodal.scenes import describe_scene, draw_scene, random_scene, same_scene
+from multimodal.shapes import parse_caption, read_scene
 from multimodal.text import BOS, EOS, PAD, Vocab
 from multimodal.views import PixelSource
 
@@ -169,3 +172,86 @@ def test_broken_photos_are_left_out_at_the_start_and_on_the_way(items):
 def test_captions_longer_than_allowed_are_cut_and_finished(items):
     dataset = CaptionDataset(items, VOCAB, TRANSFORM, max_len=3)
     for ids in dataset[0].captions: assert ids[0] == BOS and ids[-1] == EOS and len(ids) <= 5
+
+
+def cache_of(items, folder, views):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(EncoderConfig(weights='none', stage=1, image_size=SIZE, embedding_dim=8))
+    return FeatureCache.build(encoder, [i.image for i in items], TRANSFORM, folder, views, progress=False)
+
+
+def test_from_a_cache_each_photo_has_its_own_row_and_view(items, tmp_path):
+    items[4].image.write_text('not a photo')
+    views = ('plain', 'flip', 'crop0')
+    cache = cache_of(items, tmp_path/'c', views)
+    dataset = CaptionDataset(items[::-1], VOCAB, cache, views=views, flip_caption=flip_caption)       # another order
+    assert len(dataset) == 10 and cache.skipped
+    seen = set()
+    for epoch in range(8):
+        for n, _, view, sample in epoch_of(dataset, epoch):
+            assert np.array_equal(sample.image.numpy(), cache.get(n, view).astype(np.float32))
+            mirror = flip_caption if view == 'flip' else str
+            assert [VOCAB.decode(c.tolist()) for c in sample.captions] == [mirror(c) for c in items[n].captions]
+            seen.add((n, view))
+    assert len(seen) == 30
+
+
+def epoch_of(dataset, epoch):
+    "Number of the photo, place in the data set, view and sample of an epoch"
+    dataset.set_epoch(epoch)
+    return [(int(item.image.stem), i, dataset.view[i], dataset[i]) for i, item in enumerate(dataset.items)]
+
+
+def test_what_a_source_cannot_give_is_told_at_the_start(items, tmp_path):
+    cache = cache_of(items, tmp_path/'c', ('plain',))
+    for views in ('plain', 'crop0'), ('crop3',):
+        with pytest.raises(UserError, match='no features of view .crop'):
+            CaptionDataset(items, VOCAB, cache, views=views)
+    with pytest.raises(UserError, match='there are plain'): CaptionDataset(items, VOCAB, TRANSFORM, views=('upside',))
+    with pytest.raises(UserError, match='augment'): CaptionDataset(items, VOCAB, cache, augment=augment)
+
+
+def test_a_run_that_stopped_goes_on_with_the_same_batches(items):
+    def loader():
+        dataset = CaptionDataset(items, VOCAB, TRANSFORM, captions_per_image=3, seed=5, views=('plain', 'flip'),
+                                 flip_caption=flip_caption)
+        return make_loader(dataset, 4, shuffle=True, seed=5)
+    straight, epochs = loader(), []
+    for epoch in range(4): epochs.append(pairs(straight, epoch))
+    assert len({tuple(map(str, e)) for e in epochs}) == 4
+    assert pairs(loader(), 3) == epochs[3]                                                     # without the first three
+
+
+def test_drop_last_leaves_out_only_the_smaller_batch(items):
+    sizes = [len(b.images) for b in make_loader(CaptionDataset(items, VOCAB, TRANSFORM), 4, drop_last=True)]
+    assert sizes == [4, 4]
+
+
+def test_a_batch_of_nothing_but_broken_photos_is_an_error(items):
+    dataset = CaptionDataset(items, VOCAB, PixelSource([i.image for i in items], TRANSFORM, keep_bytes=0))
+    for item in items[4:8]: item.image.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(UserError, match='no photo of a whole batch'): list(make_loader(dataset, 4))
+
+
+def test_mirrored_drawings_show_what_their_captions_say(tmp_path):
+    "The one test that asks the pixels: a drawn scene, seen in a mirror, is what the mirrored caption says"
+    scenes, rng = [], random.Random(0)
+    while len(scenes) < 24:
+        scene = random_scene(rng)
+        if scene.relation: scenes.append(scene)
+    drawings = []
+    for i, scene in enumerate(scenes):
+        draw_scene(scene, size=64, seed=i).save(tmp_path/f'{i}.png')
+        drawings.append(Item(tmp_path/f'{i}.png', tuple(describe_scene(scene, n=3, seed=i))))
+    vocab = Vocab.build([f for d in drawings for c in d.captions for f in (c, flip_caption(c))], min_count=1)
+    look = ImageTransform(64)
+    dataset = CaptionDataset(drawings, vocab, look, views=('plain', 'flip'), flip_caption=flip_caption)
+    turned = 0
+    for _, i, view, sample in epoch_of(dataset, 0):
+        pixels = (look.undo(sample.image)*255).round().byte().permute(1, 2, 0).numpy()
+        shown = read_scene(Image.fromarray(pixels))
+        for ids in sample.captions: assert same_scene(parse_caption(vocab.decode(ids.tolist())), shown)
+        turned += not same_scene(shown, scenes[i])
+    assert turned > 3

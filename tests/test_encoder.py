@@ -1,5 +1,7 @@
 """The image encoder: torchvision's own numbers, what is frozen stays so, and files that are no weights."""
 import copy
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -61,7 +63,7 @@ def test_stages_below_are_averaged_onto_the_grid(net, tmp_path, stage, below):
     with torch.no_grad():
         kept = theirs(net, x, range(max(1, stage - below), stage + 1))
         side = kept[-1].shape[-1]
-        means = [k.unflatten(3, (side, -1)).unflatten(2, (side, -1)).mean((3, 5)) for k in kept]     # [2, its C, side, side]
+        means = [k.unflatten(3, (side, -1)).unflatten(2, (side, -1)).mean((3, 5)) for k in kept]  # [2, its C, h, w]
         assert torch.allclose(encoder.features(x), torch.cat(means, 1).flatten(2).transpose(1, 2), atol=1e-4)
     assert encoder(x).shape == (2, side**2, 16)
 
@@ -98,7 +100,7 @@ def test_a_photo_is_squashed_as_torchvision_does():
 
 def test_left_and_right_are_told_apart_before_any_training():
     encoder = make(stage=2).eval()
-    x = torch.randn(1, 1, 128).expand(1, 36, 128)                                               # the same in every place
+    x = torch.randn(1, 1, 128).expand(1, 36, 128)                                              # the same in every place
     places = encoder.project(x)[0]
     assert torch.pdist(places).min() > .1
 
@@ -149,3 +151,69 @@ def test_the_fingerprint_is_of_the_weights_and_nothing_else():
     assert a.weights_fingerprint() == b.weights_fingerprint()
     b.trunk.layer2[1].bn2.running_var[3] += 1e-3
     assert a.weights_fingerprint() != b.weights_fingerprint()
+
+
+@pytest.mark.parametrize('trainable', ['none', 'last', 'all'])
+def test_frozen_parts_stay_so_inside_a_larger_model(trainable):
+    "A trainer calls train() and eval() on the whole model and knows nothing of trunks"
+    encoder = make(stage=2, trainable=trainable)
+    model = torch.nn.Sequential(encoder, torch.nn.Dropout(.5))
+    norms = {name: m for name, m in encoder.trunk.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    learns = {name for name in norms if trainable == 'all' or trainable == 'last' and name.startswith('layer2')}
+    for mode in True, False, True:
+        model.train(mode)
+        assert {name for name, m in norms.items() if m.training} == (learns if mode else set())
+    assert {name for name, m in norms.items() if m.weight.requires_grad} == learns
+
+
+def test_pooled_is_the_mean_of_the_grid():
+    grid, pooled = make(stage=3, below=1).eval(), make(stage=3, below=1, pool='vector').eval()
+    x = torch.randn(2, 3, 48, 48)
+    pooled.trunk.load_state_dict(grid.trunk.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(pooled.features(x), grid.features(x).mean(1, keepdim=True))
+        assert pooled(x).shape == (2, 1, 16) and not hasattr(pooled, 'position')
+
+
+def test_positions_know_neighbours():
+    "Places that lie side by side have vectors that are more alike than places far apart"
+    position = make(stage=2).position.detach().view(6, 6, 16)                                  # [rows, columns, D]
+    middle = position[2, 2]
+    far = lambda *place: (position[place] - middle).norm().item()
+    assert 0 < far(2, 3) < far(2, 4) < far(2, 5) and 0 < far(3, 2) < far(4, 2) < far(5, 2)
+
+
+def test_order_of_patches_matters_only_through_positions():
+    encoder, features = make(stage=2).eval(), torch.randn(1, 36, 128)
+    shuffled = features[:, torch.randperm(36)]
+    with torch.no_grad():
+        assert (encoder.project(features).mean(1) - encoder.project(shuffled).mean(1)).abs().max() > 1e-3
+        encoder.position.zero_()
+        torch.testing.assert_close(encoder.project(features).mean(1), encoder.project(shuffled).mean(1))
+
+
+class Trap:
+    "A pickle that would run a command when it is opened"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+def test_a_weights_file_runs_no_code(tmp_path):
+    (tmp_path/'w.pth').write_bytes(pickle.dumps(Trap(tmp_path/'sprung'), protocol=2))
+    torch.save({'conv1.weight': Trap(tmp_path/'sprung')}, tmp_path/'v.pth')
+    for name in 'w.pth', 'v.pth':
+        with pytest.raises(UserError, match='cannot read weights'): read_weights(str(tmp_path/name))
+    assert not (tmp_path/'sprung').exists()
+
+
+REAL = os.environ.get('MULTIMODAL_RESNET18')
+
+@pytest.mark.skipif(not REAL, reason='MULTIMODAL_RESNET18 names no file of ImageNet weights')
+def test_real_weights_know_a_military_uniform():
+    "The trunk's pooled features, through the file's own last layer, are ImageNet's answer to a photo"
+    from matplotlib.cbook import get_sample_data
+    photo = Image.open(get_sample_data('grace_hopper.jpg', asfileobj=False))
+    encoder, given = ImageEncoder(EncoderConfig(weights=REAL, pool='vector')).eval(), read_weights(REAL)
+    with torch.no_grad(): seen = encoder.features(ImageTransform()(photo)[None])[0, 0]         # [C]
+    scores = given['fc.weight'] @ seen + given['fc.bias']
+    assert scores.argmax() == 652                                                              # 'military uniform'

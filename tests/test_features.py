@@ -10,8 +10,9 @@ from PIL import Image
 import multimodal.features as features_module
 from multimodal.core import UserError, load_image
 from multimodal.encoder import EncoderConfig, ImageEncoder, ImageTransform
-from multimodal.features import FeatureCache, read_ahead
-from multimodal.views import PixelSource, check_view, crop_box, is_flipped, left_out_line, read_view, view_image
+from multimodal.features import FeatureCache
+from multimodal.views import (PixelSource, check_view, crop_box, is_flipped, left_out_line, read_ahead, read_view,
+                              view_image)
 
 SIZE, N = 16, 11
 transform = ImageTransform(SIZE)
@@ -388,7 +389,7 @@ def test_a_disk_that_fills_half_way(rows, encoder, paths, tmp_path, monkeypatch)
     monkeypatch.setattr(features_module, 'open', part, raising=False)
     FullDisk.room = len(whole.header) + int(rows*whole.row_bytes)
     with pytest.raises(UserError) as raised: build(encoder, paths, tmp_path/'c', views=('plain', 'flip'))
-    one_line(raised, 'flip.part', 'No space left', 'free some space')
+    one_line(raised, 'flip.part', 'No space left', 'free some space', 'goes on')
     monkeypatch.undo()
     folder, = (tmp_path/'c').iterdir()
     assert not (folder/'flip.npy').exists() and (folder/'plain.npy').read_bytes() == bytes_of(whole)
