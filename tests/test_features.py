@@ -90,6 +90,17 @@ def test_a_view_of_any_photo(width, height, view):
     if is_flipped(view): assert (np.array(seen)[:, ::-1] == np.array(mirror)).all()
 
 
+def test_a_crop_shows_the_part_that_its_box_names():
+    y, x = np.mgrid[:200, :250].astype(np.uint8)
+    photo = Image.fromarray(np.stack([x, y, 0*x], -1))                # each pixel says where it lies
+    for view in 'crop0', 'crop1', 'crop2_flip':
+        left, top, right, bottom = crop_box(view, 'a.jpg')
+        pixels = np.array(view_image(photo, view, 'a.jpg'))[..., :2]
+        if is_flipped(view): pixels = pixels[:, ::-1]
+        assert abs(pixels[0, 0] - [left*250, top*200]).max() <= 1
+        assert abs(pixels[-1, -1] + 1. - [right*250, bottom*200]).max() <= 1
+
+
 def test_two_photos_and_two_numbers_give_other_crops():
     boxes = {crop_box(f'crop{i}', name) for i in range(5) for name in ('a.jpg', 'b.jpg', 'c.jpg')}
     assert len(boxes) == 15
@@ -285,6 +296,13 @@ def rewrite(path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
 
+def append(path):
+    "One byte more, and the clock put back"
+    before = path.stat()
+    path.write_bytes(path.read_bytes() + b'\0')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 CHANGES = dict(weights=lambda s: setattr(s, 'encoder', encoder_of(1)),
                batch_norm=lambda s: setattr(s, 'encoder', moved(encoder_of())),
                stage=lambda s: setattr(s, 'encoder', encoder_of(stage=2)),
@@ -294,7 +312,7 @@ CHANGES = dict(weights=lambda s: setattr(s, 'encoder', encoder_of(1)),
                order=lambda s: s.paths.reverse(),
                other_photo=lambda s: rewrite(s.paths[2]),
                gone=lambda s: s.paths[2].unlink(),
-               appended=lambda s: s.paths[2].write_bytes(s.paths[2].read_bytes() + b'\0'))
+               appended=lambda s: append(s.paths[2]))
 
 
 class Brighter(ImageTransform):
@@ -313,6 +331,11 @@ def test_after_a_change_the_old_cache_is_not_used(change, paths, tmp_path):
     fresh = build(s.encoder, s.paths, tmp_path/'fresh', transform=s.transform)
     assert sum(seen) == 2*len(new.rows) and new.folder != old.folder
     assert bytes_of(new) == bytes_of(fresh) and bytes_of(old) == before
+
+
+def test_the_same_weights_told_otherwise_have_another_cache(paths, tmp_path):
+    caches = [build(encoder_of(**kw), paths, tmp_path/'c') for kw in (dict(stage=2), dict(stage=2, below=1))]
+    assert caches[0].folder != caches[1].folder and [cache.shape for cache in caches] == [(4, 128), (4, 192)]
 
 
 def test_without_a_change_nothing_is_computed(paths, tmp_path):
