@@ -255,3 +255,21 @@ def test_mirrored_drawings_show_what_their_captions_say(tmp_path):
         for ids in sample.captions: assert same_scene(parse_caption(vocab.decode(ids.tolist())), shown)
         turned += not same_scene(shown, scenes[i])
     assert turned > 3
+
+
+def test_the_order_is_another_in_each_epoch_and_for_each_seed(items):
+    "Only the order: no views and no choice of captions that could differ too"
+    dataset = CaptionDataset(items, VOCAB, TRANSFORM)
+
+    def order(seed, epoch):
+        dataset.set_epoch(epoch)
+        return [number(x)[0] for batch in make_loader(dataset, 4, shuffle=True, seed=seed) for x in batch.images]
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(map(tuple, orders))) == 6 and all(sorted(o) == list(range(11)) for o in orders)
+    assert order(0, 1) == orders[1]
+
+
+@pytest.mark.parametrize('groups', [1, 3, 4])
+def test_a_loader_makes_as_many_groups_as_it_is_told(items, groups):
+    batch = next(iter(make_loader(CaptionDataset(items, VOCAB, TRANSFORM), 4, groups=groups)))
+    assert len(batch.tokens) == len(batch.owners) == groups
