@@ -19,15 +19,15 @@ from .runs import Run, train_captions
 from .scenes import Scene, same_scene
 from .shapes import make_shapes, parse_caption
 
-# %% ../nbs/39b_demo.ipynb #9be8a231
+# %% ../nbs/39b_demo.ipynb #ac14e998
 SIZE = 48  # pixels of a drawn scene's side
 
 SHAPES = RunConfig(data='shapes', weights='none', trainable='all', stage=2, image_size=SIZE, embedding_dim=128,
                    n_layers=2, min_count=1, max_words=30, dropout=0.0, batch_size=16, captions_per_image=3, lr=1e-3,
                    warmup=0.1, epochs=12)
 
-DEMO = replace(SHAPES, epochs=6, max_seconds=150.0)
-DEMO_SCENES = 8000
+DEMO = replace(SHAPES, epochs=4, max_seconds=160.0)
+DEMO_SCENES = 12000
 
 # %% ../nbs/39b_demo.ipynb #1d389baf
 def true_scene(
@@ -121,7 +121,7 @@ def save_pictures(
         some, path = shots(rows['test'], right, 8), folder/f'{name}.png'
         if some: plt.close(show_images([load_image(s.image) for s in some], [s.caption for s in some], path=path))
 
-# %% ../nbs/39b_demo.ipynb #0fa8704e
+# %% ../nbs/39b_demo.ipynb #ba2cc288
 def demo(
     out: str | Path,                # folder for everything
     config: RunConfig = DEMO,
@@ -137,6 +137,7 @@ def demo(
     if (out/'run'/'config.json').is_file(): shutil.rmtree(out/'run')
     stamp('training from random weights')
     run = train_captions(data, out/'run', config, device=device, say=stamp)
+    if run.history[-1]['epoch'] < config.epochs: stamp('time was up too early: is something else running here?')
     stamp('captioning and scoring scenes it has not seen')
     rows, scores = evaluate_demo(run, data)
     save_pictures(rows, out)
