@@ -43,7 +43,7 @@ def mm_download(
     folder = fetch_flickr8k(Path(root)/name, url, checksum)
     print(open_data(str(folder)).summary(), f'ready in {folder}', sep='\n')
 
-# %% ../nbs/40_cli.ipynb #d8e6c991
+# %% ../nbs/40_cli.ipynb #8504631d
 @command
 def mm_augment(
     data: str,          # a data set: a folder, or shapes
@@ -56,13 +56,16 @@ def mm_augment(
     from multimodal.augment import AugmentConfig, augment_dataset, augment_sheet
     if not out and not sheet: raise UserError('nothing to do: say --sheet FILE to see it, or --out DIR to write copies')
     if copies < 1: raise UserError(f'--copies {copies}: must be at least 1')
+    if sheet and Path(sheet).suffix not in ('.png', '.jpg', '.pdf', '.svg'):
+        raise UserError(f'--sheet {sheet}: should end in .png, .jpg, .pdf or .svg')
     captions = open_data(data)
     if sheet:
+        Path(sheet).parent.mkdir(parents=True, exist_ok=True)
         augment_sheet(captions, AugmentConfig(), seed, sheet)
         print(f'look at {sheet}')
     if out: print(f'written to {augment_dataset(captions, out, copies, AugmentConfig(), seed)}')
 
-# %% ../nbs/40_cli.ipynb #1317f1b2
+# %% ../nbs/40_cli.ipynb #9de70842
 @command
 def mm_train(
     data: str,                # a data set: a folder, or shapes (shapes:2000 for that many scenes)
@@ -70,7 +73,7 @@ def mm_train(
     task: str = 'caption',    # what to learn: caption
     init: str = None,         # a run to start from, with its weights and words
     weights: str = None,      # what the ResNet18 starts from: imagenet, the path of a file, or none
-    fusion: str = None,       # how words and photo meet: fc or cross
+    fusion: str = None,       # how words and photo meet: fc, cross or both
     epochs: int = None,       # how often to go through the training data
     batch_size: int = None,   # photos in a batch, each with its captions
     lr: float = None,         # the highest learning rate
@@ -112,7 +115,7 @@ def mm_validate(
     print('given the true words: ' + ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy')))
     print(table({'floor (a constant)': scores['floor'], 'this run': scores, 'ceiling (a person)': scores['ceiling']}))
 
-# %% ../nbs/40_cli.ipynb #eaf59dea
+# %% ../nbs/40_cli.ipynb #b3f1e96c
 @command
 def mm_score(
     hypotheses: str,     # captions: COCO results JSON, or a text file with one a line
@@ -129,7 +132,7 @@ def mm_score(
     if not captions: raise UserError(f'{hypotheses}: there are no captions in it')
     with quiet(): scores = caption_metrics(captions, people)
     if json: return print_json(scores)
-    print(f'{len(captions)} captions', table({Path(hypotheses).name: scores}), sep='\n')
+    print(f'{len(captions)} caption{"s"*(len(captions) != 1)}', table({Path(hypotheses).name: scores}), sep='\n')
 
 # %% ../nbs/40_cli.ipynb #ef5aef1d
 @command

@@ -53,7 +53,7 @@ def collate(
     return Batch(torch.stack([s.image for s in samples]), [pad([captions[j] for j in chunk]) for chunk in chunks],
                  [torch.from_numpy(owners[chunk]) for chunk in chunks])
 
-# %% ../nbs/05_dataloaders.ipynb #f27f75d6
+# %% ../nbs/05_dataloaders.ipynb #827b6596
 class CaptionDataset(Dataset):
     "Images with their captions as ids; one view of each image per epoch, drawn from (seed, epoch)"
     def __init__(self,
@@ -70,7 +70,9 @@ class CaptionDataset(Dataset):
         if isinstance(source, ImageTransform): source = PixelSource([item.image for item in items], source)
         self.source, self.vocab, self.max_len, self.augment, self.seed = source, vocab, max_len, augment, seed
         self.items = [item for item in items if str(item.image) in source.rows and item.captions]
-        if not self.items: raise UserError(f'none of {len(items)} images can be used')
+        if not self.items:
+            why = next(iter(source.skipped.values()), 'they have no captions')
+            raise UserError(f'none of {len(items)} images can be used; the first: {why}')
         self.captions_per_image, self.views, self.ids = captions_per_image, tuple(views), {}
         self.set_flips(flip_caption)
         self.check_source()

@@ -6,12 +6,12 @@
 __all__ = ['SIZE', 'SHAPES', 'DEMO', 'DEMO_SCENES', 'true_scene', 'is_true', 'judge', 'share_true', 'shots', 'curves',
            'demo_page', 'evaluate_demo', 'save_pictures', 'demo']
 
-# %% ../nbs/39b_demo.ipynb #baff6410
+# %% ../nbs/39b_demo.ipynb #1a346d21
 import shutil, time
 from dataclasses import replace
 from pathlib import Path
 
-from .core import load_image, show_images
+from .core import get_device, load_image, show_images
 from .datasets import load_dataset
 from .recipe import RunConfig
 from .report import Shot, charts, gallery, html_page, line_chart, save_page, scores_table, tiles
@@ -121,7 +121,7 @@ def save_pictures(
         some, path = shots(rows['test'], right, 8), folder/f'{name}.png'
         if some: plt.close(show_images([load_image(s.image) for s in some], [s.caption for s in some], path=path))
 
-# %% ../nbs/39b_demo.ipynb #ba2cc288
+# %% ../nbs/39b_demo.ipynb #9f7be9fd
 def demo(
     out: str | Path,                # folder for everything
     config: RunConfig = DEMO,
@@ -130,7 +130,7 @@ def demo(
     say=print,                      # called with a line per step
 ) -> Path:                          # the report
     "Draw, train, evaluate, caption and report. Raises `UserError` where `out` cannot be used."
-    began, out = time.monotonic(), Path(out)
+    began, out, device = time.monotonic(), Path(out), get_device(device)
     stamp = lambda words: say(f'{time.monotonic() - began:4.0f} s  {words}')
     stamp(f'drawing {n} scenes')
     data = load_dataset(make_shapes(out/f'shapes-{n}', n=n, size=config.image_size))

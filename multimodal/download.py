@@ -76,7 +76,7 @@ def size_of(path: Path) -> int: # bytes
     "The size of a file, 0 where there is none"
     return path.stat().st_size if path.exists() else 0
 
-# %% ../nbs/01d_download.ipynb #a2986cca
+# %% ../nbs/01d_download.ipynb #b22d14a3
 def fetch_rest(
     url: str, # http, https or file
     part: Path, # what came so far, if any; gets the rest
@@ -121,7 +121,7 @@ def fetch_whole(
         if failures >= patience.tries: return wrong
         time.sleep(patience.pause*2**max(0, failures - 1))
 
-# %% ../nbs/01d_download.ipynb #5dd3e406
+# %% ../nbs/01d_download.ipynb #78bffdcb
 def download(
     urls, # an address, or several that have the same file
     dest: str|Path, # file to write
@@ -140,7 +140,7 @@ def download(
         reason = fetch_whole(url, part, checksum, patience)
         if whole := reason is None: break
         wrong.append(f'{url}: {reason}')
-    if not whole: raise UserError(f'{dest.name} not fetched ({size_of(part):,} bytes are kept): {"; ".join(wrong)}')
+    if not whole: raise UserError(f'{dest.name} not fetched, run it again to go on ({size_of(part):,} bytes are kept): {"; ".join(wrong)}')
     with our_disk(dest): os.replace(part, dest)
     return dest
 

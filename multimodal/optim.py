@@ -34,7 +34,7 @@ def add_sums(sums, loss, n, shown):
     "Add what `loss_fn` gave for a batch to `sums`, in place."
     for k, v in {'loss': loss, **shown, 'n': n}.items(): sums[k] = sums.get(k, 0.0) + torch.as_tensor(v).item()
 
-# %% ../nbs/09b_optim.ipynb #6ff2f84c
+# %% ../nbs/09b_optim.ipynb #bb1544a9
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class TrainConfig:
     def __post_init__(self):
         for ok, key, want in ((self.epochs >= 1, 'epochs', 'at least 1'), (self.lr > 0, 'lr', 'above 0'),
                               (0 <= self.warmup < 1, 'warmup', 'in [0, 1)'), (0 <= self.ema < 1, 'ema', 'in [0, 1)'),
-                              (self.clip >= 0, 'clip', 'at least 0'), (0 < self.beta2 < 1, 'beta2', 'in (0, 1)'),
+                              (0 < self.beta2 < 1, 'beta2', 'in (0, 1)'),
+                              *((getattr(self, k) >= 0, k, 'at least 0') for k in
+                                ('weight_decay', 'clip', 'slow_factor', 'patience', 'save_every', 'max_seconds')),
                               (self.precision in PRECISIONS, 'precision', f'one of {", ".join(PRECISIONS)}')):
             if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
 

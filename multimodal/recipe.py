@@ -22,7 +22,7 @@ from .optim import TrainConfig
 from .text import PAD, Vocab
 from .views import check_view, is_flipped
 
-# %% ../nbs/10a_recipe.ipynb #4b32b944
+# %% ../nbs/10a_recipe.ipynb #9a715f3d
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
     "All of a captioning run in plain values; how to train is inherited."
@@ -30,7 +30,7 @@ class RunConfig(TrainConfig):
     init: str = ''               # a run to start from, with its weights and words
     min_count: int = 5           # how often a word must occur in the training captions to be known
     max_words: int = 40          # longer captions are cut
-    fusion: str = 'cross'        # how words and photo meet: 'fc' or 'cross'
+    fusion: str = 'cross'        # how words and photo meet: 'fc', 'cross' or 'both'
     embedding_dim: int = 256     # D
     n_layers: int = 3            # of the decoder
     n_heads: int = 4
@@ -50,7 +50,7 @@ class RunConfig(TrainConfig):
     augment: bool = False        # change pixels (and words) at random; only where the ResNet18 learns
     label_smoothing: float = 0.0
 
-# %% ../nbs/10a_recipe.ipynb #ac6411cc
+# %% ../nbs/10a_recipe.ipynb #a04f0426
 def pick(
     kind: type,         # a dataclass
     config: RunConfig,
@@ -71,12 +71,14 @@ def __post_init__(self: RunConfig):          # called when one is made
     self.captioner(vocab_size=5)
     for v in self.views.split(','): check_view(v)
     for ok, key, want in ((self.batch_size >= 1, 'batch_size', 'at least 1'), (self.groups >= 1, 'groups', '1 or more'),
+                          (self.max_words >= 1, 'max_words', 'at least 1'), (self.min_count >= 1, 'min_count', '1 or more'),
+                          (self.captions_per_image >= 0, 'captions_per_image', '0 or more'),
                           (0 <= self.label_smoothing < 1, 'label_smoothing', 'in [0, 1)'),
                           (self.trainable != 'none' or not self.augment, 'augment', 'off while trainable is none')):
         if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
 
-# %% ../nbs/10a_recipe.ipynb #e32c5058
-PHOTOS = RunConfig(below=2, views='plain,flip,crop0,crop1_flip', captions_per_image=2, epochs=25, lr=8e-4,
+# %% ../nbs/10a_recipe.ipynb #eda0dbc7
+PHOTOS = RunConfig(fusion='both', below=2, views='plain,flip,crop0,crop1_flip', captions_per_image=2, epochs=25, lr=8e-4,
                    weight_decay=0.05, dropout=0.2, feature_dropout=0.1, label_smoothing=0.1, ema=0.999)
 
 # %% ../nbs/10a_recipe.ipynb #f398bc7f

@@ -25,7 +25,7 @@ from .saving import load_captioner, save_captioner
 from .text import Vocab
 from .training import Trainer
 
-# %% ../nbs/10b_runs.ipynb #0b87c231
+# %% ../nbs/10b_runs.ipynb #946b42f7
 def train_captions(
     data: CaptionData,                 # with splits 'train' and 'dev'
     run: Path,                         # the run folder, made if need be
@@ -44,11 +44,12 @@ def train_captions(
     if config.init: start_from(model, load_run(config.init))
     model.encoder.to(get_device(device))
     loaders = make_loaders(data, config, vocab, model.encoder, cache or run.parent/'features')
-    if not resume: write_recipe(run, config, vocab)
     save = lambda model, folder: save_captioner(model, vocab, folder)
     hint = f'mm_train {config.data or "DATA"} {run} --resume'
     loss = partial(caption_loss, smoothing=config.label_smoothing)
-    Trainer(model, loss, *loaders, config, run, save, device, say, hint).fit(resume)
+    trainer = Trainer(model, loss, *loaders, config, run, save, device, say, hint)
+    if not resume: write_recipe(run, config, vocab)                # all could be made: now something may be written
+    trainer.fit(resume)
     return load_run(run, device=device)
 
 # %% ../nbs/10b_runs.ipynb #a656bf1f
@@ -76,7 +77,7 @@ def read_config(run: Path) -> RunConfig:
     if not (run/'config.json').is_file(): raise UserError(f'{run} is no run folder: there is no config.json in it')
     return run_config(read_json(run/'config.json'), run/'config.json')
 
-# %% ../nbs/10b_runs.ipynb #70df3a71
+# %% ../nbs/10b_runs.ipynb #eb4ffae5
 @dataclass
 class Run:
     "A trained captioner, ready to write."
@@ -95,13 +96,20 @@ def load_run(
     run = Path(run)
     config, best = read_config(run), recover_folder(run/'best')
     if not best.is_dir():
-        raise UserError(f'{run} has no best/ yet: its first epoch was never finished; train on with resuming')
+        hint = 'train on with resuming' if (run/'last').is_dir() else 'train anew, in another folder'
+        raise UserError(f'{run} has no best/ yet, its first epoch was never finished: {hint}')
     model, vocab = load_captioner(best, weights)
     if Vocab.load(run/'vocab.json').fingerprint() != vocab.fingerprint():
         raise UserError(f'{run}/vocab.json is not the vocabulary that the weights in best/ were trained with')
     return Run(run, config, model.to(get_device(device)), vocab, read_history(run/'history.jsonl'))
 
-# %% ../nbs/10b_runs.ipynb #a09b786a
+# %% ../nbs/10b_runs.ipynb #e2ce2bd4
+@patch
+def fit(self: Run, config: GenerateConfig) -> GenerateConfig:
+    "How to write, but no more words than there were in training."
+    return replace(config, max_len=min(config.max_len, self.config.max_words))
+
+# %% ../nbs/10b_runs.ipynb #32ae9a8e
 @patch
 def caption(self: Run,
     paths,                                       # a photo, a folder, or a list of both
@@ -110,7 +118,8 @@ def caption(self: Run,
     say=partial(print, file=sys.stderr),         # called with a line for each file that cannot be read
 ) -> list:                                       # {'image', 'caption', 'logprob'} for each photo
     "Captions of any photos. Raises `UserError` where not a single one can be read."
-    paths, rows, wrong = list_images(paths), [], []
+    paths, rows, wrong, config = list_images(paths), [], [], self.fit(config)
+    if batch_size < 1: raise UserError(f'batch_size {batch_size}: must be at least 1')
     transform, device = ImageTransform(self.config.image_size), next(self.model.parameters()).device
     for i in range(0, len(paths), batch_size):
         good = []
@@ -126,7 +135,7 @@ def caption(self: Run,
     for e in wrong: say(f'left out: {e}')
     return rows
 
-# %% ../nbs/10b_runs.ipynb #f65e520b
+# %% ../nbs/10b_runs.ipynb #5e652115
 @patch
 def predict(self: Run,
     data: CaptionData,
@@ -138,7 +147,7 @@ def predict(self: Run,
     if not data.splits.get(split):
         raise UserError(f'{data.name} has no {split} split; it has {", ".join(data.splits) or "none"}')
     dataset = CaptionDataset(data[split], self.vocab, ImageTransform(self.config.image_size), self.config.max_words)
-    written, sums, device = [], {}, next(self.model.parameters()).device
+    written, sums, device, config = [], {}, next(self.model.parameters()).device, self.fit(config)
     for batch in make_loader(dataset, batch_size):
         with torch.no_grad():
             features = self.model.encoder.features(batch.images.to(device))                        # [N, P, C]
