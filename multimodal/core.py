@@ -38,7 +38,7 @@ def get_device(
     if device and device.type in there and (device.index or 0) < count: return device
     raise UserError(f'device {name!r} is not to be had here: choose from {", ".join(there)}')
 
-# %% ../nbs/00_core.ipynb #46a99927
+# %% ../nbs/00_core.ipynb #9628ccb5
 def as_rgb(
     photo, # `PIL.Image` of any mode
 ): # `PIL.Image`, RGB
@@ -48,7 +48,7 @@ def as_rgb(
         grey = photo.convert('F')
         low, high = grey.getextrema()
         scale = 1/257 if photo.mode.startswith('I;16') or high > 255 else 255 if photo.mode == 'F' and high <= 1 else 1
-        photo = grey.point(lambda v: v*scale + 0).convert('L')
+        photo = grey.point(lambda v: v*scale + 0).convert('L')       # Pillow wants the form v*a + b
     if photo.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in photo.info:
         photo = photo.convert('RGBA')
         photo = Image.alpha_composite(Image.new('RGBA', photo.size, 'white'), photo)

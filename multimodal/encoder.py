@@ -207,10 +207,10 @@ def project(self: ImageEncoder,
 def forward(self: ImageEncoder, images: torch.Tensor) -> torch.Tensor:  # [N, 3, H, W] → [N, P, D]
     return self.project(self.features(images))
 
-# %% ../nbs/04_encoder.ipynb #8a9cdb38
+# %% ../nbs/04_encoder.ipynb #1c30bc7d
 @patch
 def weights_fingerprint(self: ImageEncoder) -> str:  # 64 hexadecimal digits
-    "sha256 of the trunk's names and weights: equal when and only when the features are"
+    "sha256 of the trunk's names and weights; stage, pool and picture size are not in it"
     h = hashlib.sha256()
     for name, tensor in self.trunk.state_dict().items():
         if name.endswith('num_batches_tracked'): continue      # a counter, it changes no feature

@@ -25,7 +25,7 @@ from .saving import load_captioner, save_captioner
 from .text import Vocab
 from .training import Trainer
 
-# %% ../nbs/10b_runs.ipynb #946b42f7
+# %% ../nbs/10b_runs.ipynb #e00e79f2
 def train_captions(
     data: CaptionData,                 # with splits 'train' and 'dev'
     run: Path,                         # the run folder, made if need be
@@ -46,7 +46,7 @@ def train_captions(
     loaders = make_loaders(data, config, vocab, model.encoder, cache or run.parent/'features')
     save = lambda model, folder: save_captioner(model, vocab, folder)
     hint = f'mm_train {config.data or "DATA"} {run} --resume'
-    loss = partial(caption_loss, smoothing=config.label_smoothing)
+    loss = partial(caption_loss, smoothing=config.label_smoothing, word_dropout=config.word_dropout)
     trainer = Trainer(model, loss, *loaders, config, run, save, device, say, hint)
     if not resume: write_recipe(run, config, vocab)                # all could be made: now something may be written
     trainer.fit(resume)

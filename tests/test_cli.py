@@ -87,6 +87,11 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'lr' in go(lr=-1.0)
     assert 'caption' in go(task='sing')
     assert 'nowhere.pth' in go(weights='nowhere.pth')
+    (tmp_path/'fake.pth').write_text('no weights')
+    assert 'weights_only' not in (line := go(weights=str(tmp_path/'fake.pth'))) and 'holds no PyTorch weights' in line
+    for wrong in ('captions_per_image=-1', 'max_words=0', 'patience=-1', 'max_seconds=-1', 'word_dropout=1'):
+        assert wrong.split('=')[0] in go(set=SMALL + [wrong])
+    assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
     assert 'warp' in go(device='warp', set=SMALL)
     assert 'config.json' in go(resume=True)
     assert not (tmp_path/'run').exists()
@@ -145,6 +150,34 @@ def test_broken_photos_are_named_and_left_out(run, capsys, tmp_path, home):
     assert 'gone.jpg' in mistake(capsys, mm_caption, [str(tmp_path/'gone.jpg')], run=str(run), device='cpu')
     (tmp_path/'nothing').mkdir()
     mistake(capsys, mm_caption, [str(tmp_path/'nothing')], run=str(run), device='cpu')
+    for size in (0, -1): assert 'batch_size' in mistake(capsys, mm_caption, [str(good[0])], run=str(run), batch_size=size)
+
+
+def test_a_run_of_short_captions_writes_short_captions(home, tmp_path, capsys):
+    from multimodal.cli import mm_caption, mm_train, mm_validate
+    mm_train('shapes:60', str(tmp_path/'short'), epochs=1, device='cpu', set=SMALL + ['max_words=3'])
+    mm_validate(str(tmp_path/'short'), device='cpu', json=True)
+    capsys.readouterr()
+    mm_caption([str(p) for p in photos(home)], run=str(tmp_path/'short'), device='cpu', json=True)
+    assert all(1 <= len(r['caption'].split()) <= 3 for r in json.loads(capsys.readouterr().out))
+
+
+def test_sheets_are_pictures_and_their_folder_is_made(home, tmp_path, capsys):
+    from multimodal.cli import mm_augment
+    for name in ('sheet', 'sheet.xyz'): assert name in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/name))
+    mm_augment('shapes:60', sheet=str(tmp_path/'new'/'sheet.png'))
+    assert (tmp_path/'new'/'sheet.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('given', [{}, {'OMP_WAIT_POLICY': 'ACTIVE'}, {'GOMP_SPINCOUNT': '7'}])
+def test_threads_wait_shortly_unless_the_user_says_otherwise(monkeypatch, given):
+    from multimodal.terminal import short_waits
+    for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'): monkeypatch.delenv(name, raising=False)
+    for name, value in given.items(): monkeypatch.setenv(name, value)
+    short_waits()
+    seen = {k: os.environ[k] for k in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT') if k in os.environ}
+    monkeypatch.delenv('GOMP_SPINCOUNT', raising=False)
+    assert seen == (given or {'GOMP_SPINCOUNT': '10000'})
 
 
 def test_json_is_all_there_is_on_standard_output_and_meteor_is_null_without_java(run):
@@ -161,7 +194,7 @@ def test_score_of_files_that_do_not_fit(capsys, tmp_path):
     def file(name, text): (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode()); return str(tmp_path/name)
     hyp, ref = file('hyp.txt', 'a dog\na cat\n'), file('ref.txt', 'the dog\nthe cat\n')
     assert 'no such file' in mistake(capsys, mm_score, hyp, [str(tmp_path/'gone.txt')])
-    assert 'has 2 lines' in mistake(capsys, mm_score, hyp, [ref, file('one.txt', 'a dog\n')])
+    assert 'ends at 2' in mistake(capsys, mm_score, hyp, [ref, file('one.txt', 'a dog\n')])
     assert 'line 2' in mistake(capsys, mm_score, hyp, [file('blank.txt', 'a dog\n\n')])
     assert 'UTF-8' in mistake(capsys, mm_score, file('latin.txt', 'ein Hündchen\n'.encode('latin-1')), [ref])
     assert 'no captions' in mistake(capsys, mm_score, file('empty.txt', ''), [file('empty2.txt', '')])

@@ -21,10 +21,10 @@ from multimodal.dataloaders import Batch, CaptionDataset, make_loader
 from multimodal.datasets import CaptionData, load_dataset, read_flickr8k
 from multimodal.encoder import ImageTransform
 from multimodal.generate import GenerateConfig
-from multimodal.recipe import RunConfig, caption_loss, make_loaders, run_config
+from multimodal.recipe import RunConfig, caption_loss, hide_words, make_loaders, run_config
 from multimodal.runs import load_run, train_captions
 from multimodal.shapes import make_shapes
-from multimodal.text import Vocab
+from multimodal.text import UNK, Vocab
 from multimodal.training import Interrupted
 
 SMALL = RunConfig(data='shapes', weights='none', trainable='none', stage=2, image_size=32, embedding_dim=32, n_layers=1,
@@ -133,6 +133,26 @@ def test_label_smoothing_is_torchs_and_for_training_only(data):
     assert total.item() == shown['loss'].item()
 
 
+@pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
+def test_word_dropout_hides_that_share_of_the_words_and_nothing_else(share):
+    set_seed(0)
+    tokens = torch.randint(0, 9, (200, 20))
+    hidden = hide_words(tokens, share)
+    assert torch.equal(hidden[tokens <= UNK], tokens[tokens <= UNK])
+    words = tokens > UNK
+    changed = hidden[words] != tokens[words]
+    assert changed.float().mean().item() == pytest.approx(share, abs=0.03) and (hidden[words][changed] == UNK).all()
+
+
+def test_word_dropout_is_for_training_only_and_for_inputs_only(data):
+    model, batch = some_batch(data, replace(SMALL, dropout=0.0, trainable='none'))
+    shake(model)
+    plain = caption_loss(model.eval(), batch)[0].item()
+    assert caption_loss(model, batch, word_dropout=0.9)[0].item() == plain
+    total, n, _ = caption_loss(model.train(), batch, word_dropout=0.9)
+    assert abs(total.item() - plain) > 1e-3 and n == caption_loss(model, batch)[1]
+
+
 def test_no_gradient_reaches_a_frozen_trunk_and_all_else_learns(data):
     model, batch = some_batch(data)
     caption_loss(model.train(), batch)[0].backward()
@@ -168,10 +188,10 @@ def test_the_run_folder_holds_what_it_promises_and_no_pickles(trained, data):
 @pytest.mark.parametrize('call', [3, 5, 8])                  # in the first epoch, at its end, in the second
 def test_stopped_and_resumed_equals_never_stopped(data, trained, tmp_path, monkeypatch, call):
     calls = []
-    def loss(model, batch, smoothing):
+    def loss(model, batch, **settings):
         calls.append(model.training)
         if sum(calls) == call and model.training: signal.raise_signal(signal.SIGINT)
-        return caption_loss(model, batch, smoothing)
+        return caption_loss(model, batch, **settings)
     monkeypatch.setattr(multimodal.runs, 'caption_loss', loss)
     with pytest.raises(Interrupted, match=r'mm_train shapes .*run --resume'):
         train_captions(data, tmp_path/'run', SMALL, device='cpu', say=quiet)
