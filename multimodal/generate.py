@@ -15,7 +15,7 @@ from .captioner import Captioner, Memory, Writing
 from .core import UserError
 from .text import BOS, EOS, PAD, UNK
 
-# %% ../nbs/08_generate.ipynb #4164155b
+# %% ../nbs/08_generate.ipynb #48170df2
 @dataclass(frozen=True)
 class GenerateConfig:
     "How captions are written"
@@ -23,7 +23,7 @@ class GenerateConfig:
     beam: int = 5                # 'beam': K, drafts kept side by side
     max_len: int = 30            # most words in a caption
     min_len: int = 1             # fewest words in a caption
-    length_penalty: float = 0.7  # 'beam': drafts are ranked by logprob / length**length_penalty
+    length_penalty: float = 0.35 # 'beam': drafts are ranked by logprob / length**length_penalty
     no_repeat_ngram: int = 0     # no n words in a row come twice; 0: they may
     temperature: float = 1.0     # 'sample': below 1 more careful, above 1 wilder
     top_k: int = 0               # 'sample': only the k likeliest words; 0: all

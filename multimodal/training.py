@@ -114,14 +114,14 @@ def save(self: Trainer):
         write_json(new/'state.json', {'state': asdict(self.state), 'config': asdict(self.config), 'scaler':
                                       self.accelerator.scaler and self.accelerator.scaler.state_dict()})
 
-# %% ../nbs/10_training.ipynb #b866e823
+# %% ../nbs/10_training.ipynb #12003a40
 @patch
 def load(self: Trainer):
     "Go back to what `last/` holds. Raises `UserError` where it is missing, broken or of another configuration."
     last = recover_folder(self.folder/'last')
     if not last.is_dir(): raise UserError(f'nothing to resume: {last} is not there; train without resuming')
-    kept, now = read_json(last/'state.json'), asdict(self.config)
-    try: state, before, scaler = TrainState(**kept['state']), {**kept['config']}, kept['scaler']
+    kept, now, new = read_json(last/'state.json'), asdict(self.config), asdict(type(self.config)())
+    try: state, before, scaler = TrainState(**kept['state']), new | kept['config'], kept['scaler']   # newer: as default
     except (KeyError, TypeError) as e: raise UserError(f'{last}/state.json is not the state of a run ({e})') from None
     for k in sorted(now.keys() | before.keys()):
         if now.get(k) != before.get(k):

@@ -238,6 +238,18 @@ def test_a_run_is_never_overwritten_and_nothing_is_not_resumed(tmp_path):
     with pytest.raises(UserError, match='nothing to resume'): trainer(tmp_path/'other').fit(resume=True)
 
 
+def test_a_setting_newer_than_the_run_was_at_its_default_then(tmp_path):
+    config = replace(CONFIG, patience=0)
+    trainer(tmp_path/'run', config).fit()
+    path = tmp_path/'run'/'last'/'state.json'
+    kept = json.loads(path.read_text())
+    del kept['config']['patience']
+    path.write_text(json.dumps(kept))
+    assert trainer(tmp_path/'run', config).fit(resume=True) == read_history(tmp_path/'run'/'history.jsonl')
+    with pytest.raises(UserError, match='patience=0, not 2'):
+        trainer(tmp_path/'run', replace(config, patience=2)).fit(resume=True)
+
+
 def test_best_is_the_lowest_validation_loss_and_of_the_averaged_weights(tmp_path):
     losses = iter([5, 3, 4])
     def loss(model, batch):
