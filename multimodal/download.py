@@ -121,7 +121,7 @@ def fetch_whole(
         if failures >= patience.tries: return wrong
         time.sleep(patience.pause*2**max(0, failures - 1))
 
-# %% ../nbs/01d_download.ipynb #78bffdcb
+# %% ../nbs/01d_download.ipynb #9610f233
 def download(
     urls, # an address, or several that have the same file
     dest: str|Path, # file to write
@@ -140,7 +140,8 @@ def download(
         reason = fetch_whole(url, part, checksum, patience)
         if whole := reason is None: break
         wrong.append(f'{url}: {reason}')
-    if not whole: raise UserError(f'{dest.name} not fetched, run it again to go on ({size_of(part):,} bytes are kept): {"; ".join(wrong)}')
+    kept = f'{size_of(part):,} bytes are kept, run it again to go on'
+    if not whole: raise UserError(f'{dest.name} not fetched ({kept}): {"; ".join(wrong)}')
     with our_disk(dest): os.replace(part, dest)
     return dest
 

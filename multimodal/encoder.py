@@ -97,7 +97,7 @@ def resnet_trunk(
     names = ['conv1', 'bn1', 'relu', 'maxpool'] + [f'layer{i+1}' for i in range(stage)]
     return nn.Sequential(OrderedDict((name, getattr(net, name)) for name in names))
 
-# %% ../nbs/04_encoder.ipynb #428b002b
+# %% ../nbs/04_encoder.ipynb #7dc00bb0
 WAYS_OUT = ("connect to the network once, or give the path of a torchvision resnet18 state_dict as weights, "
             "or train from random weights with weights 'none'")
 
@@ -114,7 +114,7 @@ def read_weights(
         named = f'cannot read weights {weights}'
         what = 'the ImageNet weights cannot be downloaded' if weights == 'imagenet' else named
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        if isinstance(e, UnpicklingError): reason = 'it holds no PyTorch weights'                 # PyTorch's advice is long
+        if isinstance(e, UnpicklingError): reason = 'it holds no PyTorch weights'    # PyTorch's advice is long
         raise UserError(f'{what} ({reason}): {WAYS_OUT}') from None
 
 # %% ../nbs/04_encoder.ipynb #d51a1b84

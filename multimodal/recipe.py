@@ -51,7 +51,7 @@ class RunConfig(TrainConfig):
     label_smoothing: float = 0.0
     word_dropout: float = 0.0    # share of the words so far that are hidden in training
 
-# %% ../nbs/10a_recipe.ipynb #05111437
+# %% ../nbs/10a_recipe.ipynb #b7d806e4
 def pick(
     kind: type,         # a dataclass
     config: RunConfig,
@@ -72,15 +72,15 @@ def __post_init__(self: RunConfig):          # called when one is made
     self.captioner(vocab_size=5)
     for v in self.views.split(','): check_view(v)
     for ok, key, want in ((self.batch_size >= 1, 'batch_size', 'at least 1'), (self.groups >= 1, 'groups', '1 or more'),
-                          (self.max_words >= 1, 'max_words', 'at least 1'), (self.min_count >= 1, 'min_count', '1 or more'),
+                          (self.max_words >= 1, 'max_words', '1 or more'), (self.min_count >= 1, 'min_count', '1 or more'),
                           (self.captions_per_image >= 0, 'captions_per_image', '0 or more'),
                           *((0 <= getattr(self, k) < 1, k, 'in [0, 1)') for k in ('label_smoothing', 'word_dropout')),
                           (self.trainable != 'none' or not self.augment, 'augment', 'off while trainable is none')):
         if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
 
-# %% ../nbs/10a_recipe.ipynb #30b8e5a4
-PHOTOS = RunConfig(fusion='both', below=2, views='plain,flip,crop0,crop1_flip', captions_per_image=2, epochs=25, lr=8e-4,
-                   image_size=288, weight_decay=0.05, dropout=0.2, feature_dropout=0.1, word_dropout=0.15,
+# %% ../nbs/10a_recipe.ipynb #009f9687
+PHOTOS = RunConfig(fusion='both', below=2, views='plain,flip,crop0,crop1_flip', captions_per_image=2, epochs=25,
+                   lr=8e-4, image_size=288, weight_decay=0.05, dropout=0.2, feature_dropout=0.1, word_dropout=0.15,
                    label_smoothing=0.1, ema=0.999)
 
 # %% ../nbs/10a_recipe.ipynb #f398bc7f
@@ -99,7 +99,7 @@ def run_config(
         if not fits: raise UserError(f'{where}: {k} must be of type {known[k].__name__}, not {v!r}')
     return RunConfig(**values)
 
-# %% ../nbs/10a_recipe.ipynb #7b540096
+# %% ../nbs/10a_recipe.ipynb #212dfc8d
 def hide_words(
     tokens: torch.Tensor,  # ids [B, T]
     share: float,          # of the words to hide, 0 to 1
@@ -107,6 +107,7 @@ def hide_words(
     "Some words become unknown; BOS, EOS and PAD stay."
     return tokens.masked_fill((torch.rand(tokens.shape, device=tokens.device) < share) & (tokens > UNK), UNK)
 
+# %% ../nbs/10a_recipe.ipynb #76f195c9
 def caption_loss(
     model: Captioner,
     batch: Batch,            # images or features, groups of captions, and whose they are

@@ -128,7 +128,7 @@ def recipe_for(data: str, given: dict):  # `RunConfig`
     from multimodal.recipe import PHOTOS
     return changed(SHAPES if is_drawn(data) else PHOTOS, {'data': data, **given})
 
-# %% ../nbs/39c_terminal.ipynb #733d2c3d
+# %% ../nbs/39c_terminal.ipynb #bbc54cc5
 def read_lines(path: str) -> list:  # of str
     "The lines of a text file, without the line ends"
     try: lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
@@ -145,7 +145,7 @@ def pair_lines(
     captions, columns = read_lines(hypotheses), [read_lines(r) for r in references]
     for name, lines in zip(references, columns):
         if len(lines) != len(captions):
-            raise UserError(f'line n belongs to line n, but {hypotheses} ends at {len(captions)} and {name} at {len(lines)}')
+            raise UserError(f'{hypotheses} ends at {len(captions)} and {name} at {len(lines)}: line n belongs to line n')
     rows = [[r for r in row if r] for row in zip(*columns)]
     for i, row in enumerate(rows, 1):
         if not row: raise UserError(f'line {i} has no reference in {", ".join(references)}')
