@@ -72,7 +72,8 @@ def __post_init__(self: RunConfig):          # called when one is made
     self.captioner(vocab_size=5)
     for v in self.views.split(','): check_view(v)
     for ok, key, want in ((self.batch_size >= 1, 'batch_size', 'at least 1'), (self.groups >= 1, 'groups', '1 or more'),
-                          (self.max_words >= 1, 'max_words', '1 or more'), (self.min_count >= 1, 'min_count', '1 or more'),
+                          (self.max_words >= 1, 'max_words', '1 or more'),
+                          (self.min_count >= 1, 'min_count', '1 or more'),
                           (self.captions_per_image >= 0, 'captions_per_image', '0 or more'),
                           *((0 <= getattr(self, k) < 1, k, 'in [0, 1)') for k in ('label_smoothing', 'word_dropout')),
                           (self.trainable != 'none' or not self.augment, 'augment', 'off while trainable is none')):

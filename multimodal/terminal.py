@@ -145,7 +145,7 @@ def pair_lines(
     captions, columns = read_lines(hypotheses), [read_lines(r) for r in references]
     for name, lines in zip(references, columns):
         if len(lines) != len(captions):
-            raise UserError(f'{hypotheses} ends at {len(captions)} and {name} at {len(lines)}: line n belongs to line n')
+            raise UserError(f'{hypotheses} ends at {len(captions)}, {name} at {len(lines)}: line n belongs to line n')
     rows = [[r for r in row if r] for row in zip(*columns)]
     for i, row in enumerate(rows, 1):
         if not row: raise UserError(f'line {i} has no reference in {", ".join(references)}')
