@@ -86,7 +86,7 @@ def as_array(
     image = np.asarray(image)
     return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
-# %% ../nbs/00_core.ipynb #93184602
+# %% ../nbs/00_core.ipynb #679d09b6
 def show_images(
     images, # pictures: PIL, arrays [H, W, 3], or tensors [3, H, W] from 0 to 1
     titles=None, # a line above each picture
@@ -96,16 +96,17 @@ def show_images(
 ): # matplotlib's figure
     "Show pictures side by side, with a title each"
     import matplotlib.pyplot as plt
-    images, titles = list(images), list(titles or [])
+    images, titles = list(images), [textwrap.fill(t, int(17*size)) for t in titles or []]
     if not images: raise UserError('show_images: there are no images to show')
     n_cols = min(n_cols, len(images))
     n_rows = -(-len(images)//n_cols)
-    inches = (size*n_cols, (size + .4*bool(titles))*n_rows)
+    lines = max((1 + t.count('\n') for t in titles), default=0)
+    inches = (size*n_cols, (size + .13 + .14*lines)*n_rows)
     figure, axes = plt.subplots(n_rows, n_cols, figsize=inches, squeeze=False, dpi=75)
     for ax in axes.flat: ax.axis('off')
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         ax.imshow(as_array(image), cmap='gray')
-        if titles: ax.set_title(textwrap.fill(titles[i], int(17*size)), fontsize=8)
+        if titles: ax.set_title(titles[i], fontsize=8)
     figure.tight_layout()
     if path is not None: figure.savefig(path, bbox_inches='tight')
     return figure

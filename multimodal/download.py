@@ -6,8 +6,9 @@
 __all__ = ['MIRRORS', 'DATASETS', 'TERMS', 'checksum_of', 'kind_of', 'check_file', 'ask', 'Patience', 'size_of', 'fetch_rest',
            'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'fetch_flickr8k', 'join_archives']
 
-# %% ../nbs/01d_download.ipynb #3e5ffe15
+# %% ../nbs/01d_download.ipynb #6fb8d516
 import hashlib, http.client, os, re, shutil, time, urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -121,7 +122,7 @@ def fetch_whole(
         if failures >= patience.tries: return wrong
         time.sleep(patience.pause*2**max(0, failures - 1))
 
-# %% ../nbs/01d_download.ipynb #9610f233
+# %% ../nbs/01d_download.ipynb #1671252c
 def download(
     urls, # an address, or several that have the same file
     dest: str|Path, # file to write
@@ -140,7 +141,7 @@ def download(
         reason = fetch_whole(url, part, checksum, patience)
         if whole := reason is None: break
         wrong.append(f'{url}: {reason}')
-    kept = f'{size_of(part):,} bytes are kept, run it again to go on'
+    kept = f'{size_of(part):,} bytes are kept, run it again to go on' if size_of(part) else 'nothing came'
     if not whole: raise UserError(f'{dest.name} not fetched ({kept}): {"; ".join(wrong)}')
     with our_disk(dest): os.replace(part, dest)
     return dest
@@ -166,7 +167,7 @@ def is_flickr8k(root: Path) -> bool:
     "Whether a folder looks like Flickr8k"
     return (root/'Flickr8k.token.txt').is_file() and (root/'Flicker8k_Dataset').is_dir()
 
-# %% ../nbs/01d_download.ipynb #051a9593
+# %% ../nbs/01d_download.ipynb #36f2bed7
 def fetch_flickr8k(
     root: str|Path, # new folder for it
     url: str|None = None, # folder that holds the two archives; None takes the known places
@@ -183,9 +184,12 @@ def fetch_flickr8k(
     if url and Path(url).is_dir(): url = Path(url).resolve().as_uri()
     say(TERMS)
     beside = root.with_name(f'.{root.name}.part')
-    for name, wanted in zip(names, sums):
-        say(f'fetching {name}')
-        download([f'{place.rstrip("/")}/{name}' for place in ([url] if url else MIRRORS)], beside/name, wanted)
+    try:
+        for name, wanted in zip(names, sums):
+            say(f'fetching {name}')
+            download([f'{place.rstrip("/")}/{name}' for place in ([url] if url else MIRRORS)], beside/name, wanted)
+    finally:
+        with suppress(OSError): beside.rmdir()                            # only where nothing came at all
     with our_disk(root): join_archives([beside/name for name in names], beside/'whole', root)
     shutil.rmtree(beside, ignore_errors=True)
     return root

@@ -117,7 +117,7 @@ def read_weights(
         if isinstance(e, UnpicklingError): reason = 'it holds no PyTorch weights'    # PyTorch's advice is long
         raise UserError(f'{what} ({reason}): {WAYS_OUT}') from None
 
-# %% ../nbs/04_encoder.ipynb #d51a1b84
+# %% ../nbs/04_encoder.ipynb #e3eac42a
 def load_trunk(
     config: EncoderConfig,  # its `stage` and `weights` count
 ) -> nn.Sequential:  # the trunk with these weights
@@ -129,7 +129,8 @@ def load_trunk(
     wrong = [name for name, tensor in wanted.items() if not name.endswith('num_batches_tracked')
              and getattr(given.get(name), 'shape', None) != tensor.shape]
     if wrong: raise UserError(f'weights {config.weights}: not those of torchvision\'s resnet18, '
-                              f'{len(wrong)} tensors missing or of another shape, the first is {wrong[0]}')
+                              f'{len(wrong)} tensors missing or of another shape, the first is {wrong[0]}; give '
+                              "a torchvision resnet18 state_dict, 'imagenet', or 'none' for random weights")
     trunk.load_state_dict({name: tensor for name, tensor in given.items() if name in wanted}, strict=False)
     return trunk
 

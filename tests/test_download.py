@@ -329,3 +329,9 @@ def test_the_real_archives(tmp_path):
     sums = ','.join(hashlib.md5(Path(root, f'Flickr8k_{n}.zip').read_bytes()).hexdigest() for n in ('Dataset', 'text'))
     data = read_flickr8k(fetch_flickr8k(tmp_path/'flickr8k', root, sums, say=lambda line: None))
     assert [len(data[split]) for split in ('train', 'dev', 'test')] == [6000, 1000, 1000]
+
+
+def test_an_address_that_has_nothing_leaves_nothing(server, tmp_path):
+    with pytest.raises(UserError, match='nothing came'):
+        fetch_flickr8k(tmp_path/'flickr8k', f'{server.url}/nowhere', say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
