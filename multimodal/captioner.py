@@ -166,7 +166,7 @@ def attention_maps(self: Captioner,
         for hook in hooks: hook.remove()
     return torch.stack(maps, 1)
 
-# %% ../nbs/07_captioner.ipynb #058604bc
+# %% ../nbs/07_captioner.ipynb #b42a9e8a
 class Writing:
     "Captions being written: the photos, and what was computed for the words so far"
     def __init__(self,
@@ -175,6 +175,7 @@ class Writing:
         max_len: int,  # most tokens that will ever be read, BOS among them
     ):
         self.model, self.memory = model, memory
+        self.n_photos, self.device = len(memory.vectors), memory.vectors.device
         self.caches = [KVCache(max_len) for _ in model.decoder.blocks]
 
     def step(self,

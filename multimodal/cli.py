@@ -92,13 +92,14 @@ def mm_train(
     train_captions(open_data(data), Path(run), config, resume, device=device, init=init and Path(init))
     print(f'trained: {run}\nnext: mm_validate {run}, mm_caption PHOTO --run {run}')
 
-# %% ../nbs/40_cli.ipynb #322e0b87
+# %% ../nbs/40_cli.ipynb #50fc2862
 @command
 def mm_validate(
     run: str,              # a run folder
     data: str = None,      # a data set; the one it was trained on if not given
     split: str = 'test',   # which of its splits
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
+    flip: bool = False,    # look at each photo's mirror image too, and average: a little better, twice the time
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,    # cpu, cuda, …; the best there is if not given
     json: bool = False,    # print one JSON value
@@ -109,7 +110,7 @@ def mm_validate(
     with quiet():
         trained = load_run(Path(run), weights, device)
         if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
-        scores = trained.evaluate(open_data(data), split, GenerateConfig(beam=beam), limits=True)
+        scores = trained.evaluate(open_data(data), split, GenerateConfig(beam=beam, flip=flip), limits=True)
     if json: return print_json(scores)
     print(f'{split} of {data}, {scores["n_images"]} pictures')
     print('given the true words: ' + ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy')))
@@ -134,12 +135,13 @@ def mm_score(
     if json: return print_json(scores)
     print(f'{len(captions)} caption{"s"*(len(captions) != 1)}', table({Path(hypotheses).name: scores}), sep='\n')
 
-# %% ../nbs/40_cli.ipynb #ef5aef1d
+# %% ../nbs/40_cli.ipynb #3ef21360
 @command
 def mm_caption(
     photos: Photos,
     run: str = 'runs/flickr8k',  # the run folder of a trained model
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
+    flip: bool = False,          # look at each photo's mirror image too, and average: a little better, twice the time
     batch_size: int = 32,        # photos at a time
     weights: str = None,         # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,          # cpu, cuda, …; the best there is if not given
@@ -153,7 +155,7 @@ def mm_caption(
     broken = []
     with quiet():
         trained = load_run(Path(run), weights, device)
-        rows = trained.caption(photos, GenerateConfig(beam=beam), batch_size, broken.append)
+        rows = trained.caption(photos, GenerateConfig(beam=beam, flip=flip), batch_size, broken.append)
     for line in broken: warn(line)
     if broken: warn(f'{len(broken)} of {len(broken) + len(rows)} files could not be read')
     if json: return print_json(rows)

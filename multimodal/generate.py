@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['GenerateConfig', 'ban_repeats', 'restrict', 'next_logprobs', 'sample', 'Caption', 'one_by_one', 'take', 'extend',
-           'collect', 'beam_search', 'generate']
+           'collect', 'beam_search', 'Together', 'looks_of', 'generate']
 
-# %% ../nbs/08_generate.ipynb #138e3ef6
+# %% ../nbs/08_generate.ipynb #0293ac9b
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
-from .captioner import Captioner, Memory, Writing
+from .captioner import Captioner, Writing
 from .core import UserError
 from .text import BOS, EOS, PAD, UNK
 
-# %% ../nbs/08_generate.ipynb #48170df2
+# %% ../nbs/08_generate.ipynb #6e40f933
 @dataclass(frozen=True)
 class GenerateConfig:
     "How captions are written"
@@ -29,6 +29,7 @@ class GenerateConfig:
     top_k: int = 0               # 'sample': only the k likeliest words; 0: all
     top_p: float = 1.0           # 'sample': only the likeliest words that have this probability together
     seed: int = 0                # 'sample': the same seed draws the same captions
+    flip: bool = False           # look at the photo's mirror image too, and average; takes twice the time
 
     def __post_init__(self):
         c = self
@@ -95,21 +96,20 @@ def sample(
     last = (p > 0).sum(-1, keepdim=True) - 1                                # rounding must not fall off the end
     return ids.gather(1, place.minimum(last))[:, 0]
 
-# %% ../nbs/08_generate.ipynb #c4d186dd
+# %% ../nbs/08_generate.ipynb #eb56509a
 class Caption(NamedTuple):
     "A caption as the model wrote it"
     ids: list  # its words, without BOS and EOS
     logprob: float  # log of the model's probability of these words and the end after them
 
 def one_by_one(
-    model: Captioner,
-    memory: Memory,  # of N photos
+    writing: Writing,  # N photos, and nothing written yet
     config: GenerateConfig,  # method 'sample', or else greedy
 ) -> list[Caption]:
     "One draft for each photo, one word after the other"
-    N, device, greedy = len(memory.vectors), memory.vectors.device, config.method != 'sample'
+    N, device, greedy = writing.n_photos, writing.device, config.method != 'sample'
     luck = torch.rand(N, config.max_len + 1, generator=torch.Generator().manual_seed(config.seed)).to(device)
-    writing, captions = Writing(model, memory, config.max_len + 1), [None]*N
+    captions = [None]*N
     photo, total, words = torch.arange(N, device=device), luck.new_zeros(N), luck.new_zeros(N, 0).long()
     while len(photo):
         logprobs = next_logprobs(writing, words, config)                    # [R, V]
@@ -158,15 +158,14 @@ def collect(
         done[i].sort(key=lambda caption: -caption[0])
         del done[i][K:]
 
-# %% ../nbs/08_generate.ipynb #44a62413
+# %% ../nbs/08_generate.ipynb #ef7c980e
 def beam_search(
-    model: Captioner,
-    memory: Memory,  # of N photos
+    writing: Writing,  # N photos, and nothing written yet
     config: GenerateConfig,
 ) -> list[Caption]:
     "The best caption found with `beam` drafts side by side, for each photo"
-    N, K, device = len(memory.vectors), config.beam, memory.vectors.device
-    writing, done, captions = Writing(model, memory, config.max_len + 1), [[] for _ in range(N)], [None]*N
+    N, K, device = writing.n_photos, config.beam, writing.device
+    done, captions = [[] for _ in range(N)], [None]*N
     photo, total, words = list(range(N)), torch.zeros(N, 1, device=device), torch.zeros(N, 1, 0, device=device).long()
     while photo:
         n, k, t = words.shape
@@ -184,11 +183,35 @@ def beam_search(
         photo, done, total, words = [photo[i] for i in left], [done[i] for i in left], total[left], words[left]
     return captions
 
-# %% ../nbs/08_generate.ipynb #66c8a886
+# %% ../nbs/08_generate.ipynb #1b6dee52
+class Together:
+    "Several `Writing`s of the same captions as one: their logits are averaged"
+    def __init__(self, writings: list):
+        self.writings, self.n_photos, self.device = writings, writings[0].n_photos, writings[0].device
+
+    def step(self, tokens): return torch.stack([w.step(tokens) for w in self.writings]).mean(0)
+
+    def keep(self, rows, photos=None):
+        for w in self.writings: w.keep(rows, photos)
+
+def looks_of(
+    images,  # pixels [N, 3, H, W] or features [N, P, C] of N photos; or a list of such, several looks at the same
+    config: GenerateConfig,  # its `flip` counts
+) -> list:  # of what a caption is to be written from
+    "The looks at some photos; raises `UserError` where they do not fit together"
+    if isinstance(images, (list, tuple)):
+        if len({len(look) for look in images}) != 1: raise UserError('generate: give each look at the same photos')
+        return list(images)
+    if not config.flip: return [images]
+    if images.dim() != 4: raise UserError('generate: features cannot be flipped; give a list, those of the photos and '
+                                          'those of their mirror images')
+    return [images, images.flip(-1)]
+
+# %% ../nbs/08_generate.ipynb #d0339178
 @torch.inference_mode()
 def generate(
     model: Captioner,
-    images: torch.Tensor,  # pixels [N, 3, H, W] or features [N, P, C]
+    images,  # pixels [N, 3, H, W] or features [N, P, C]; or a list of such, several looks at the same photos
     config: GenerateConfig = GenerateConfig(),
 ) -> list[Caption]:  # one for each photo, in order; `vocab.decode(caption.ids)` gives the sentence
     "A caption for each photo of a batch: never empty, always finished"
@@ -197,7 +220,10 @@ def generate(
         raise UserError(f'generate: max_len is {config.max_len}, the model has room for {room} words')
     if model.config.vocab_size <= UNK + 1: raise UserError('generate: the vocabulary has no words')
     search = beam_search if config.method == 'beam' and config.beam > 1 else one_by_one
-    training = model.training
+    looks, training = looks_of(images, config), model.training
+    if not len(looks[0]): return []
     model.eval()
-    try: return search(model, model.remember(model.encode(images)), config) if len(images) else []
+    try:
+        memories = [model.remember(model.encode(look)) for look in looks]
+        return search(Together([Writing(model, m, config.max_len + 1) for m in memories]), config)
     finally: model.train(training)

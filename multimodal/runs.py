@@ -135,7 +135,7 @@ def caption(self: Run,
     for e in wrong: say(f'left out: {e}')
     return rows
 
-# %% ../nbs/10b_runs.ipynb #5e652115
+# %% ../nbs/10b_runs.ipynb #ab8df814
 @patch
 def predict(self: Run,
     data: CaptionData,
@@ -150,10 +150,11 @@ def predict(self: Run,
     written, sums, device, config = [], {}, next(self.model.parameters()).device, self.fit(config)
     for batch in make_loader(dataset, batch_size):
         with torch.no_grad():
-            features = self.model.encoder.features(batch.images.to(device))                        # [N, P, C]
-            batch = Batch(features, *([t.to(device) for t in ts] for ts in batch[1:]))
+            photos = batch.images.to(device)
+            looks = [self.model.encoder.features(x) for x in (photos, photos.flip(-1))[:1 + config.flip]]   # [N, P, C]
+            batch = Batch(looks[0], *([t.to(device) for t in ts] for ts in batch[1:]))
             add_sums(sums, *caption_loss(self.model, batch))
-        written += generate(self.model, features, config)
+        written += generate(self.model, looks, config)
     rows = [{'image': str(item.image), 'caption': self.vocab.decode(c.ids), 'logprob': c.logprob,
              'references': list(item.captions)} for item, c in zip(dataset.items, written)]
     return rows, means(sums)

@@ -162,6 +162,28 @@ def test_a_run_of_short_captions_writes_short_captions(home, tmp_path, capsys):
     assert all(1 <= len(r['caption'].split()) <= 3 for r in json.loads(capsys.readouterr().out))
 
 
+def test_flip_is_a_second_look_in_both_commands(run, home, capsys, monkeypatch):
+    from multimodal.cli import mm_caption, mm_validate
+    from multimodal.core import UserError
+    from multimodal.generate import GenerateConfig
+    from multimodal.runs import Run, load_run
+    from multimodal.terminal import open_data
+    written = {}
+    for flip in False, True:
+        capsys.readouterr()
+        mm_caption([str(p) for p in photos(home)], run=str(run), flip=flip, device='cpu', json=True)
+        written[flip] = json.loads(capsys.readouterr().out)
+    assert [r['logprob'] for r in written[False]] != [r['logprob'] for r in written[True]]
+    trained, data, twice = load_run(run, device='cpu'), open_data('shapes:60'), GenerateConfig(flip=True)
+    (once, a), (rows, b) = trained.predict(data, 'test'), trained.predict(data, 'test', twice)
+    assert a == b and [r['logprob'] for r in once] != [r['logprob'] for r in rows]   # the true words are read once
+    again = trained.caption([r['image'] for r in rows], twice)
+    assert [r['caption'] for r in rows] == [r['caption'] for r in again]
+    def told(self, data, split, config, limits): raise UserError(str(config))
+    monkeypatch.setattr(Run, 'evaluate', told)
+    assert 'flip=True' in mistake(capsys, mm_validate, str(run), flip=True, device='cpu')
+
+
 def test_sheets_are_pictures_and_their_folder_is_made(home, tmp_path, capsys):
     from multimodal.cli import mm_augment
     for name in ('sheet', 'sheet.xyz'): assert name in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/name))

@@ -305,3 +305,35 @@ def test_a_vocabulary_without_words():
                                  dict(top_p=0.), dict(top_p=1.1)])
 def test_bad_settings(bad):
     with pytest.raises(UserError, match=f'{next(iter(bad))} cannot be'): GenerateConfig(**bad)
+
+
+@pytest.mark.parametrize('fusion', list(FUSIONS))
+@pytest.mark.parametrize('method', ['greedy', 'beam', 'sample'])
+def test_several_looks_are_averaged(models, fusion, method):
+    model, config = models[fusion], GenerateConfig(method, max_len=8)
+    torch.manual_seed(3)
+    a, b = torch.randn(2, 5, 9, 64)
+    together = generate(model, [a, b], config)
+    assert together == generate(model, (b, a), config)                      # in any order
+    assert [c.ids for c in generate(model, [a, a], config)] == [c.ids for c in generate(model, a, config)]
+    assert [c.ids for c in together] != [c.ids for c in generate(model, a, config)]
+    for i, caption in enumerate(together):                                  # the logprob is that of the average
+        tokens, logits = torch.tensor([[BOS, *caption.ids, EOS]]), 0
+        with torch.no_grad():
+            for look in (a, b): logits = logits + model(look[i:i+1], tokens[:, :-1])/2
+        logprobs = torch.stack([restrict(x[None].log_softmax(-1), tokens[:, 1:t+1], config)[0]
+                                for t, x in enumerate(logits[0])])
+        if method == 'sample': continue                                     # no more than drawn from it
+        assert math.isclose(logprobs.gather(1, tokens[0, 1:, None]).sum().item(), caption.logprob, abs_tol=1e-3)
+
+
+def test_a_flip_is_a_second_look(models):
+    model, config = models['both'], GenerateConfig(flip=True)
+    torch.manual_seed(0)
+    pixels = torch.randn(3, 3, 12, 12)
+    with torch.no_grad(): looks = [model.encoder.features(x) for x in (pixels, pixels.flip(-1))]
+    assert [c.ids for c in generate(model, pixels, config)] == [c.ids for c in generate(model, looks)]
+    assert [c.ids for c in generate(model, pixels.flip(-1), config)] == [c.ids for c in generate(model, looks)]
+    with pytest.raises(UserError, match='cannot be flipped'): generate(model, looks[0], config)
+    with pytest.raises(UserError, match='same photos'): generate(model, [looks[0], looks[1][:2]])
+    assert generate(model, [looks[0][:0], looks[1][:0]]) == []
