@@ -118,7 +118,7 @@ def photo_changes(
     steps.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)) # last
     return v2.Compose(steps)
 
-# %% ../nbs/03_augment.ipynb #018bac68
+# %% ../nbs/03_augment.ipynb #53ced31c
 def augment(
     image, # `PIL.Image`
     captions, # all that is said of it
@@ -127,10 +127,10 @@ def augment(
 ) -> tuple: # changed photo (RGB, same size), and its captions as a list
     "Change a photo and its captions together, so that what was true stays true"
     import torch
-    from PIL import ImageOps
+    from torchvision.transforms.v2.functional import horizontal_flip
     rng, captions, image = rng or random.Random(), list(captions), image.convert('RGB')
     config = allowed(config, captions)
-    if rng.random() < config.flip: image, captions = ImageOps.mirror(image), [flip_caption(c) for c in captions]
+    if rng.random() < config.flip: image, captions = horizontal_flip(image), [flip_caption(c) for c in captions]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.getrandbits(31))
         return photo_changes(image, config)(image), captions

@@ -110,7 +110,7 @@ def coco_rows(
             except (KeyError, TypeError, AttributeError): skipped['broken record'] += 1
     return list(name_of.values()), rows
 
-# %% ../nbs/00b_captionfiles.ipynb #b724cbf0
+# %% ../nbs/00b_captionfiles.ipynb #b5a5317f
 def still_packed(
     root: Path, # folder
 ) -> str: # the end of a message; empty when there is no archive
@@ -122,10 +122,11 @@ def still_packed(
 def find_file(
     root: Path, # folder
     *names: str, # patterns of file names, such as 'captions.txt'
+    within: tuple = ('', '*/'), # where to look: in the folder itself, and then in those within
 ) -> Path|None: # None when there is no such file
     "The file of such a name in a folder or directly in a folder within; raises `UserError` when there are two"
     if not root.is_dir(): raise UserError(f'{root}: {"is not a folder" if root.exists() else "no such folder"}')
-    for folder in ('', '*/'):
+    for folder in within:
         found = sorted({path for name in names for path in root.glob(folder + name) if path.is_file()})
         if len(found) > 1: raise UserError(f'{found[0]} and {found[1]}: which of the two? Give one folder or file')
         if found: return found[0]

@@ -65,7 +65,7 @@ def save_weights(model: torch.nn.Module, folder: Path):
     "Write what a model has learned into `folder`."
     save_tensors(Path(folder)/'model.safetensors', learned_state(model))
 
-# %% ../nbs/09c_checkpoint.ipynb #86b786ba
+# %% ../nbs/09c_checkpoint.ipynb #acdb51d2
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
 ) -> dict:  # '<number of the parameter>.<what>' → tensor
@@ -77,12 +77,15 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,  # changed in place; made from the same parameters in the same order
     tensors: dict,                     # what `optimizer_tensors` gave
 ):
-    "Put an optimizer's running averages back; its settings stay as they are."
-    state = {}
+    "Put an optimizer's running averages back; its settings stay as they are. Raises `UserError` where they do not fit."
+    state, groups = {}, optimizer.state_dict()['param_groups']
+    weights = [p for group in optimizer.param_groups for p in group['params']]
     for name, t in tensors.items():
         i, _, what = name.partition('.')
+        if not i.isdecimal() or int(i) >= len(weights) or t.dim() and t.shape != weights[int(i)].shape:
+            raise UserError(f'the optimizer\'s {name} does not belong to this model: is the file of another run?')
         state.setdefault(int(i), {})[what] = t
-    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
 # %% ../nbs/09c_checkpoint.ipynb #7e1c78c2
 def recover_folder(
@@ -126,15 +129,17 @@ def _reason(e):
     full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'os error 28' in str(e)
     return 'the disk is full' if full else str(e)
 
-# %% ../nbs/09c_checkpoint.ipynb #e303f57e
+# %% ../nbs/09c_checkpoint.ipynb #eef62030
 def check_free(
     folder: Path,  # of a run
 ):
-    "Raise `UserError` where `folder` holds a run already."
+    "Raise `UserError` where `folder` holds a run already, or nothing can be written there."
+    above = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK): raise UserError(f'{folder}: cannot be written to')
     if any((Path(folder)/k).exists() for k in ('last', '.last.old', 'best', '.best.old')):
         raise UserError(f'{folder} holds a run already: resume it, or choose another folder')
 
-# %% ../nbs/09c_checkpoint.ipynb #ba7cd18a
+# %% ../nbs/09c_checkpoint.ipynb #6f70ec33
 def write_history(
     path: Path,  # …/history.jsonl
     rows: list,  # one dictionary per epoch
@@ -146,11 +151,14 @@ def read_history(
     path: Path,  # …/history.jsonl
 ) -> list:       # one dictionary per epoch; empty where there is no such file
     "Read the history of a run. Raises `UserError` naming a broken line."
-    lines, rows = (Path(path).read_text(encoding='utf-8').splitlines() if Path(path).exists() else []), []
+    lines, rows = (Path(path).read_bytes().splitlines() if Path(path).exists() else []), []
     for i, line in enumerate(lines):
         try: rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:                                              # no JSON, or no UTF-8
             if i < len(lines) - 1: raise UserError(f'{path}, line {i + 1} is not JSON: {line[:40]!r}') from None
+        else:
+            if not isinstance(rows[-1], dict) or 'epoch' not in rows[-1]:
+                raise UserError(f'{path}, line {i + 1} tells of no epoch: {line[:40]!r}')
     return rows
 
 # %% ../nbs/09c_checkpoint.ipynb #5defd251
@@ -163,7 +171,7 @@ def describe_epoch(
     shown = ', '.join(f'{k} {row[k]:.4g}' for k in shown)
     return f"epoch {row['epoch']}/{epochs}: {shown}, {row['seconds']:.0f} s"
 
-# %% ../nbs/09c_checkpoint.ipynb #3f5632dd
+# %% ../nbs/09c_checkpoint.ipynb #9b9af69b
 def plot_history(
     history: list,              # what `read_history` gave
     keys=('loss', 'accuracy'),  # a panel each, where the history has it
@@ -180,7 +188,8 @@ def plot_history(
             sns.lineplot(x=[r['epoch'] for r in history], y=[r[f'{part}_{k}'] for r in history], ax=ax, label=label)
         ax.set(xlabel='epoch', ylabel=k); ax.legend(frameon=False)
     sns.despine(fig); fig.tight_layout(); plt.close(fig)
-    if path: fig.savefig(path)
+    if path:
+        with atomic_write(path) as beside: fig.savefig(beside)
     return fig
 
 # %% ../nbs/09c_checkpoint.ipynb #1542e243

@@ -6,14 +6,14 @@
 __all__ = ['Photos', 'References', 'Settings', 'mm_demo', 'mm_download', 'mm_augment', 'mm_train', 'mm_validate', 'mm_score',
            'mm_caption']
 
-# %% ../nbs/40_cli.ipynb #fbc90a42
+# %% ../nbs/40_cli.ipynb #5ffebbb5
 from pathlib import Path
 
 from fastcore.script import Param
 
 from .core import UserError
-from .terminal import (changed, command, open_data, pair_coco, pair_lines, print_json, quiet, recipe_for,
-                                 settings, table, warn)
+from .terminal import (between_limits, changed, command, is_drawn, judge_drawn, open_data, pair_coco,
+                                 pair_lines, print_json, quiet, recipe_for, say_what_is_missing, settings, warn)
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
@@ -43,7 +43,7 @@ def mm_download(
     folder = fetch_flickr8k(Path(root)/name, url, checksum)
     print(open_data(str(folder)).summary(), f'ready in {folder}', sep='\n')
 
-# %% ../nbs/40_cli.ipynb #8504631d
+# %% ../nbs/40_cli.ipynb #efcf1882
 @command
 def mm_augment(
     data: str,          # a data set: a folder, or shapes
@@ -56,11 +56,10 @@ def mm_augment(
     from multimodal.augment import AugmentConfig, augment_dataset, augment_sheet
     if not out and not sheet: raise UserError('nothing to do: say --sheet FILE to see it, or --out DIR to write copies')
     if copies < 1: raise UserError(f'--copies {copies}: must be at least 1')
-    if sheet and Path(sheet).suffix not in ('.png', '.jpg', '.pdf', '.svg'):
+    if sheet and Path(sheet).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise UserError(f'--sheet {sheet}: should end in .png, .jpg, .pdf or .svg')
     captions = open_data(data)
     if sheet:
-        Path(sheet).parent.mkdir(parents=True, exist_ok=True)
         augment_sheet(captions, AugmentConfig(), seed, sheet)
         print(f'look at {sheet}')
     if out: print(f'written to {augment_dataset(captions, out, copies, AugmentConfig(), seed)}')
@@ -92,7 +91,7 @@ def mm_train(
     train_captions(open_data(data), Path(run), config, resume, device=device, init=init and Path(init))
     print(f'trained: {run}\nnext: mm_validate {run}, mm_caption PHOTO --run {run}')
 
-# %% ../nbs/40_cli.ipynb #50fc2862
+# %% ../nbs/40_cli.ipynb #dcf9c226
 @command
 def mm_validate(
     run: str,              # a run folder
@@ -110,13 +109,15 @@ def mm_validate(
     with quiet():
         trained = load_run(Path(run), weights, device)
         if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
-        scores = trained.evaluate(open_data(data), split, GenerateConfig(beam=beam, flip=flip), limits=True)
+        how, truth = GenerateConfig(beam=beam, flip=flip), judge_drawn if is_drawn(data) else None
+        scores = trained.evaluate(open_data(data), split, how, limits=True, judge=truth)
+    say_what_is_missing(scores)
     if json: return print_json(scores)
     print(f'{split} of {data}, {scores["n_images"]} pictures')
     print('given the true words: ' + ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy')))
-    print(table({'floor (a constant)': scores['floor'], 'this run': scores, 'ceiling (a person)': scores['ceiling']}))
+    print(between_limits(scores))
 
-# %% ../nbs/40_cli.ipynb #b3f1e96c
+# %% ../nbs/40_cli.ipynb #13c11db0
 @command
 def mm_score(
     hypotheses: str,     # captions: COCO results JSON, or a text file with one a line
@@ -124,16 +125,19 @@ def mm_score(
     json: bool = False,  # print one JSON value
 ):
     "Score captions: BLEU, ROUGE-L, METEOR and CIDEr"
-    from multimodal.metrics import caption_metrics
+    from multimodal.metrics import caption_metrics, ceiling, floor
     references = [references] if isinstance(references, str) else references
     kinds = {Path(p).suffix.lower() == '.json' for p in [hypotheses, *references]}
     if len(kinds) > 1: raise UserError('captions and references must both be JSON or both be text')
     if kinds == {True} and len(references) > 1: raise UserError('COCO references are one JSON file')
     captions, people = pair_coco(hypotheses, references[0]) if kinds == {True} else pair_lines(hypotheses, references)
     if not captions: raise UserError(f'{hypotheses}: there are no captions in it')
-    with quiet(): scores = caption_metrics(captions, people)
+    several = any(len(refs) > 1 for refs in people)
+    with quiet(): scores = {**caption_metrics(captions, people), 'floor': floor(people, people),
+                            'ceiling': ceiling(people) if several else None}
+    say_what_is_missing(scores)
     if json: return print_json(scores)
-    print(f'{len(captions)} caption{"s"*(len(captions) != 1)}', table({Path(hypotheses).name: scores}), sep='\n')
+    print(f'{len(captions)} caption{"s"*(len(captions) != 1)}', between_limits(scores, 'these captions'), sep='\n')
 
 # %% ../nbs/40_cli.ipynb #3ef21360
 @command

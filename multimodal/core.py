@@ -86,7 +86,7 @@ def as_array(
     image = np.asarray(image)
     return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
-# %% ../nbs/00_core.ipynb #679d09b6
+# %% ../nbs/00_core.ipynb #bc69aaf9
 def show_images(
     images, # pictures: PIL, arrays [H, W, 3], or tensors [3, H, W] from 0 to 1
     titles=None, # a line above each picture
@@ -108,11 +108,15 @@ def show_images(
         ax.imshow(as_array(image), cmap='gray')
         if titles: ax.set_title(titles[i], fontsize=8)
     figure.tight_layout()
-    if path is not None: figure.savefig(path, bbox_inches='tight')
+    if path is not None:
+        with atomic_write(path) as beside: figure.savefig(beside, bbox_inches='tight')
     return figure
 
-# %% ../nbs/00_core.ipynb #03a16e23
-PHOTO_ENDINGS = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.avif')
+# %% ../nbs/00_core.ipynb #0a5a427f
+PHOTO_ENDINGS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.gif', '.bmp', '.dib', '.webp', '.avif',
+                 '.avifs', '.tif', '.tiff', '.jp2', '.j2k', '.jpc', '.jpf', '.jpx', '.j2c', '.tga', '.icb', '.vda',
+                 '.vst', '.ppm', '.pgm', '.pbm', '.pnm', '.pfm', '.pcx', '.ico', '.sgi', '.rgb', '.rgba', '.bw',
+                 '.dds', '.im', '.qoi')
 
 def is_photo(
     name: str|Path, # of a file

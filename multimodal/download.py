@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIRRORS', 'DATASETS', 'TERMS', 'checksum_of', 'kind_of', 'check_file', 'ask', 'Patience', 'size_of', 'fetch_rest',
-           'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'fetch_flickr8k', 'join_archives']
+           'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'fetch_flickr8k', 'fetch_archive', 'join_archives']
 
 # %% ../nbs/01d_download.ipynb #6fb8d516
 import hashlib, http.client, os, re, shutil, time, urllib.request
@@ -167,7 +167,7 @@ def is_flickr8k(root: Path) -> bool:
     "Whether a folder looks like Flickr8k"
     return (root/'Flickr8k.token.txt').is_file() and (root/'Flicker8k_Dataset').is_dir()
 
-# %% ../nbs/01d_download.ipynb #36f2bed7
+# %% ../nbs/01d_download.ipynb #5508ac0e
 def fetch_flickr8k(
     root: str|Path, # new folder for it
     url: str|None = None, # folder that holds the two archives; None takes the known places
@@ -187,14 +187,26 @@ def fetch_flickr8k(
     try:
         for name, wanted in zip(names, sums):
             say(f'fetching {name}')
-            download([f'{place.rstrip("/")}/{name}' for place in ([url] if url else MIRRORS)], beside/name, wanted)
+            fetch_archive(beside/name, wanted, [url] if url else MIRRORS, bool(url and not checksum))
     finally:
         with suppress(OSError): beside.rmdir()                            # only where nothing came at all
     with our_disk(root): join_archives([beside/name for name in names], beside/'whole', root)
     shutil.rmtree(beside, ignore_errors=True)
     return root
 
-# %% ../nbs/01d_download.ipynb #1d182d3a
+# %% ../nbs/01d_download.ipynb #3778b92e
+def fetch_archive(
+    dest: Path, # file to write
+    checksum: str, # that it must have
+    folders: list[str], # addresses of folders that have it
+    others: bool = False, # whether it may be another archive than the published one
+):
+    "Fetch one archive; the message for a wrong checksum says what to do where that may be right"
+    try: download([f'{folder.rstrip("/")}/{dest.name}' for folder in folders], dest, checksum)
+    except UserError as e:
+        hint = '; give the sums of other archives with --checksum' if others and 'should be' in str(e) else ''
+        raise UserError(f'{e}{hint}') from None
+
 def join_archives(
     archives: list[Path], # as they came
     whole: Path, # folder to work in, beside them

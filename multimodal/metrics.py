@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PUNCTUATION', 'METRICS', 'masked_cross_entropy', 'token_accuracy', 'perplexity', 'split_python', 'split_java',
-           'quiet', 'has_java', 'caption_metrics', 'check_captions', 'plain_scores', 'meteor_score', 'constant_caption',
-           'ngrams', 'floor', 'ceiling', 'metrics_table']
+           'quiet', 'has_java', 'starts', 'caption_metrics', 'check_captions', 'plain_scores', 'meteor_score',
+           'constant_caption', 'ngrams', 'floor', 'ceiling', 'metrics_table']
 
 # %% ../nbs/09_metrics.ipynb #8dae6486
-import contextlib, functools, io, math, os, re, shutil
+import contextlib, functools, io, math, os, re, shutil, subprocess
 from collections import Counter
 from .core import UserError
 from .text import PAD
@@ -78,7 +78,14 @@ def quiet():
 
 def has_java() -> bool: # the answer is True where `java` can be started
     "Whether METEOR and coco-caption's own tokenizer can run"
-    return shutil.which('java') is not None
+    return starts(shutil.which('java'))
+
+@functools.lru_cache
+def starts(java: str|None) -> bool: # some systems have a `java` that only says where to get one
+    "Whether there is such a program, and its -version ends well"
+    if java is None: return False
+    try: return subprocess.run([java, '-version'], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired): return False
 
 # %% ../nbs/09_metrics.ipynb #e95184f6
 def caption_metrics(

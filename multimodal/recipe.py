@@ -51,7 +51,7 @@ class RunConfig(TrainConfig):
     label_smoothing: float = 0.0
     word_dropout: float = 0.0    # share of the words so far that are hidden in training
 
-# %% ../nbs/10a_recipe.ipynb #b7d806e4
+# %% ../nbs/10a_recipe.ipynb #dac4fc0f
 def pick(
     kind: type,         # a dataclass
     config: RunConfig,

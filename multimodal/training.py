@@ -114,7 +114,7 @@ def save(self: Trainer):
         write_json(new/'state.json', {'state': asdict(self.state), 'config': asdict(self.config), 'scaler':
                                       self.accelerator.scaler and self.accelerator.scaler.state_dict()})
 
-# %% ../nbs/10_training.ipynb #12003a40
+# %% ../nbs/10_training.ipynb #207d19f4
 @patch
 def load(self: Trainer):
     "Go back to what `last/` holds. Raises `UserError` where it is missing, broken or of another configuration."
@@ -125,7 +125,8 @@ def load(self: Trainer):
     except (KeyError, TypeError) as e: raise UserError(f'{last}/state.json is not the state of a run ({e})') from None
     for k in sorted(now.keys() | before.keys()):
         if now.get(k) != before.get(k):
-            raise UserError(f'cannot resume {self.folder}: it was begun with {k}={before.get(k)!r}, not {now.get(k)!r}')
+            raise UserError(f'cannot resume {self.folder}: it was begun with {k}={before.get(k)!r}, not {now.get(k)!r}'
+                            '; for other settings, begin a new run that starts from this one (init)')
     load_learned(self.model, load_tensors(last/'model.safetensors'), last/'model.safetensors')
     if self.ema: load_learned(self.ema.model, load_tensors(last/'ema.safetensors'), last/'ema.safetensors')
     load_optimizer(self.optimizer, load_tensors(last/'optimizer.safetensors'))

@@ -5,7 +5,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from multimodal.attention import (KVCache, MultiHeadAttention, attention, causal_mask, fused_attention, merge_heads,
                                   padding_mask, split_heads)
+from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig
 from multimodal.core import UserError
+from multimodal.encoder import EncoderConfig
 from multimodal.transformer import Block, OutputDecoder, TextEncoder, init_weights
 
 fast = settings(max_examples=25, deadline=None)
@@ -143,6 +145,20 @@ def test_decoder_is_pytorchs(cross, dim, h, L):
     reference = theirs(x, photos, tgt_mask=hidden) if cross else theirs(x, mask=hidden)
     close(decoder(x, photos), reference, 1e-4)
 
+
+@pytest.mark.parametrize('fusion', list(FUSIONS))
+def test_logits_of_a_captioner_are_those_of_pytorchs_decoder(fusion):
+    "From words and photos to logits, with PyTorch's stack and the tied table of words in place of ours."
+    torch.manual_seed(4)
+    encoder = EncoderConfig(stage=2, embedding_dim=32, weights='none', image_size=24)
+    model = Captioner(CaptionerConfig(vocab_size=30, embedding_dim=32, n_layers=2, n_heads=4, fusion=fusion, encoder=encoder)).eval()
+    for p in [*model.decoder.parameters(), *model.fusion.parameters()]: nn.init.normal_(p, std=.3)
+    features, tokens = torch.randn(3, 9, encoder.channels), torch.randint(4, 30, (3, 7))
+    cross, hidden = model.fusion.looks, ~causal_mask(7)
+    theirs, photos = to_torch(model.decoder, 32, 4, cross).eval(), model.encode(features)
+    x = model.fusion(model.text(tokens), photos)
+    out = theirs(x, photos, tgt_mask=hidden) if cross else theirs(x, mask=hidden)
+    close(model(features, tokens), out @ model.text.words.weight.T, 1e-3)
 
 def test_changing_later_words_changes_nothing_before():
     torch.manual_seed(0)

@@ -38,12 +38,12 @@ def shell(name, *args, **kw):
     return subprocess.run([SCRIPTS/name, *map(str, args)], capture_output=True, text=True, timeout=120, **kw)
 
 
-def mistake(capsys, func, *args, **kw):
-    "Call a command that must end with status 2, one line on standard error and nothing on standard output; give the line."
+def mistake(capsys, func, *args, begun='', **kw):
+    "Call a command that must end with status 2 and one line on standard error, before it has begun its work; give the line."
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: func(*args, **kw)
     out, err = capsys.readouterr()
-    assert (e.value.code, out) == (2, '')
+    assert e.value.code == 2 and (out.startswith(begun) if begun else not out), out
     lines = [l for l in err.splitlines() if l.strip()]
     assert len(lines) == 1 and 'Traceback' not in err, err
     return lines[0]
@@ -76,6 +76,8 @@ def test_typos_in_data(capsys, tmp_path):
     assert 'nowhere' in mistake(capsys, mm_augment, 'nowhere', sheet=str(tmp_path/'sheet.png'))
     assert '--sheet' in mistake(capsys, mm_augment, 'shapes:60')
     assert not (tmp_path/'run').exists()
+    (tmp_path/'file').touch()
+    assert 'cannot be written' in mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'file'/'run'), set=SMALL)
 
 
 def test_wrong_settings(capsys, tmp_path):
@@ -91,7 +93,7 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'weights_only' not in (line := go(weights=str(tmp_path/'fake.pth'))) and 'holds no PyTorch weights' in line
     for wrong in ('captions_per_image=-1', 'max_words=0', 'patience=-1', 'max_seconds=-1', 'word_dropout=1'):
         assert wrong.split('=')[0] in go(set=SMALL + [wrong])
-    assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
+    assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu', begun='shapes-60-48: 60 photos')
     assert 'warp' in go(device='warp', set=SMALL)
     assert 'config.json' in go(resume=True)
     assert not (tmp_path/'run').exists()
@@ -179,7 +181,7 @@ def test_flip_is_a_second_look_in_both_commands(run, home, capsys, monkeypatch):
     assert a == b and [r['logprob'] for r in once] != [r['logprob'] for r in rows]   # the true words are read once
     again = trained.caption([r['image'] for r in rows], twice)
     assert [r['caption'] for r in rows] == [r['caption'] for r in again]
-    def told(self, data, split, config, limits): raise UserError(str(config))
+    def told(self, data, split, config, limits, judge): raise UserError(str(config))
     monkeypatch.setattr(Run, 'evaluate', told)
     assert 'flip=True' in mistake(capsys, mm_validate, str(run), flip=True, device='cpu')
 
@@ -187,8 +189,11 @@ def test_flip_is_a_second_look_in_both_commands(run, home, capsys, monkeypatch):
 def test_sheets_are_pictures_and_their_folder_is_made(home, tmp_path, capsys):
     from multimodal.cli import mm_augment
     for name in ('sheet', 'sheet.xyz'): assert name in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/name))
-    mm_augment('shapes:60', sheet=str(tmp_path/'new'/'sheet.png'))
-    assert (tmp_path/'new'/'sheet.png').stat().st_size > 1000
+    for name in ('sheet.png', 'sheet.JPEG'):
+        mm_augment('shapes:60', sheet=str(tmp_path/'new'/name))
+        assert (tmp_path/'new'/name).stat().st_size > 1000
+    (tmp_path/'file').touch()
+    assert 'sheet.png' in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/'file'/'sheet.png'))
 
 
 @pytest.mark.parametrize('given', [{}, {'OMP_WAIT_POLICY': 'ACTIVE'}, {'GOMP_SPINCOUNT': '7'}])
@@ -202,13 +207,119 @@ def test_threads_wait_shortly_unless_the_user_says_otherwise(monkeypatch, given)
     assert seen == (given or {'GOMP_SPINCOUNT': '10000'})
 
 
-def test_json_is_all_there_is_on_standard_output_and_meteor_is_null_without_java(run):
-    r = shell('mm_validate', run, '--json', '--beam', '1', env={**os.environ, 'PATH': str(SCRIPTS)})
+@pytest.mark.parametrize('stub', [False, True])
+def test_json_is_all_there_is_on_standard_output_and_meteor_is_null_without_java(run, tmp_path, stub):
+    "A stub is what some systems have: a `java` that does nothing but say where to get one."
+    if stub:
+        (tmp_path/'java').write_text('#!/bin/sh\necho no Java, please install one >&2\nexit 1\n')
+        (tmp_path/'java').chmod(0o755)
+    r = shell('mm_validate', run, '--json', '--beam', '1', env={**os.environ, 'PATH': f'{SCRIPTS}:{tmp_path}'})
     scores = json.loads(r.stdout)
-    assert r.returncode == 0
+    assert r.returncode == 0 and r.stderr.count('no Java here: METEOR is left out') == 1, r.stderr
     names = {'loss', 'perplexity', 'accuracy', 'bleu_1', 'bleu_2', 'bleu_3', 'bleu_4', 'rouge_l', 'meteor', 'cider'}
     assert names <= set(scores) and scores['loss'] > 0 and 0 <= scores['bleu_1'] <= 1
     assert scores['meteor'] is None and scores['floor']['bleu_1'] < scores['ceiling']['bleu_1']
+
+
+def scenes(home, folder, captions=5, splits=('train', 'dev', 'test')):
+    "Drawn scenes in a folder of their own, where they count as photos, with so many captions each and these splits."
+    shutil.copytree(home/'shapes-60-48', folder)
+    lines = (folder/'Flickr8k.token.txt').read_text().splitlines(keepends=True)
+    (folder/'Flickr8k.token.txt').write_text(''.join(l for l in lines if int(l.split('#')[1][0]) < captions))
+    for split in {'train', 'dev', 'test'} - set(splits): (folder/f'Flickr_8k.{split}Images.txt').unlink()
+    return folder
+
+
+@pytest.mark.parametrize('trainable', ['none', 'all'])
+def test_photos_that_cannot_be_read_are_left_out_of_training_and_said(run, home, tmp_path, capsys, trainable):
+    from multimodal.cli import mm_train, mm_validate
+    from multimodal.datasets import load_dataset
+    data = scenes(home, tmp_path/'photos')
+    broken = [load_dataset(data)[split][0].image for split in ('train', 'test')]
+    for photo in broken: photo.write_bytes(photo.read_bytes()[:200])
+    (data/'Flicker8k_Dataset'/load_dataset(data)['train'][1].image.name).unlink()
+    capsys.readouterr()
+    mm_train(str(data), str(tmp_path/'run'), epochs=1, device='cpu', set=SMALL + ['weights=none', f'trainable={trainable}'])
+    out, err = capsys.readouterr()
+    assert 'left out 1: photo missing, such as' in out                     # found out while reading the lists
+    assert broken[0].name in out + err and broken[1].name not in out + err
+    mm_validate(str(tmp_path/'run'), beam=1, device='cpu', json=True)
+    out, err = capsys.readouterr()
+    n = len(load_dataset(data)['test'])
+    assert json.loads(out)['n_images'] == n - 1 and f'left out 1 of {n} photos' in err and broken[1].name in err
+
+
+def test_without_floor_or_ceiling_it_says_why(run, home, tmp_path, capsys):
+    from multimodal.cli import mm_validate
+    for folder, how, missing in (('single', {'captions': 1}, 'ceiling'), ('test', {'splits': ('test',)}, 'floor')):
+        data = str(scenes(home, tmp_path/folder, **how))
+        capsys.readouterr()
+        mm_validate(str(run), data, beam=1, device='cpu', json=True)
+        out, err = capsys.readouterr()
+        scores, other = json.loads(out), 'floor' if missing == 'ceiling' else 'ceiling'
+        assert scores[missing] is None and scores[other]['bleu_1'] > 0 and f'no {missing}: ' in err and f'no {other}: ' not in err
+        mm_validate(str(run), data, beam=1, device='cpu')
+        names = {l.split()[0] for l in capsys.readouterr().out.splitlines()}
+        assert missing not in names and other in names
+
+
+def test_drawn_scenes_are_judged_by_their_truth(run, capsys):
+    from multimodal.cli import mm_validate
+    from multimodal.runs import load_run
+    from multimodal.shapes import parse_caption, same_scene
+    from multimodal.terminal import open_data
+    rows, _ = load_run(run, device='cpu').predict(open_data('shapes:60'))
+    truth = [(parse_caption(r['caption']), parse_caption(r['references'][0])) for r in rows]
+    share = sum(bool(a) and same_scene(a, b) for a, b in truth)/len(rows)
+    mm_validate(str(run), device='cpu')
+    assert f'wholly true: {share:.1%}' in capsys.readouterr().out
+
+
+def test_names_that_no_terminal_can_show(run, home, tmp_path):
+    "Photos whose names are no UTF-8, on a terminal that knows ASCII only."
+    shutil.copy(photos(home)[0], os.fsencode(tmp_path) + b'/caf\xe9.jpg')
+    for args in ([], ['--json']):
+        r = shell('mm_caption', tmp_path, '--run', run, '--device', 'cpu', *args,
+                  env={**os.environ, 'PYTHONIOENCODING': 'ascii:strict'})
+        assert r.returncode == 0 and 'caf' in r.stdout, r.stderr
+    assert 'caf' in json.loads(r.stdout)[0]['image']
+
+
+def test_few_photos_without_lists_of_splits(home, tmp_path, capsys):
+    from multimodal.cli import mm_train
+    from multimodal.datasets import split_by_name
+    few = [p for p in photos(home, 60) if split_by_name(p.name) == 'train'][:3]
+    (tmp_path/'few').mkdir()
+    for p in few: shutil.copy(p, tmp_path/'few')
+    (tmp_path/'few'/'captions.txt').write_text('image,caption\n' + ''.join(f'{p.name},a thing\n' for p in few))
+    assert 'too few photos' in mistake(capsys, mm_train, str(tmp_path/'few'), str(tmp_path/'run'), set=SMALL)
+
+
+def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
+    from multimodal.cli import mm_score
+    lines = {'hyp': 'a dog runs on grass\na man rides a bike\n', 'one': 'a dog runs over the grass\na man on a bike\n',
+             'two': 'the dog is running on grass\na man rides his bike\n'}
+    for name, text in lines.items(): (tmp_path/name).write_text(text)
+    hyp, one, two = (str(tmp_path/name) for name in lines)
+    mm_score(hyp, [one, two])
+    shown = capsys.readouterr().out.splitlines()
+    assert [l.split()[0] for l in shown[2:]] == ['floor', 'these', 'ceiling']
+    mm_score(hyp, [one], json=True)
+    out, err = capsys.readouterr()
+    assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err
+
+
+def test_what_mm_caption_prints_can_be_scored(capsys, tmp_path):
+    from multimodal.cli import mm_score
+    ours = [{'image': f'some/where/{n}.jpg', 'caption': c, 'logprob': -1.} for n, c in (('b', 'a big cat'), ('a', 'a dog'))]
+    people = {'images': [{'id': 7, 'file_name': 'a.jpg'}, {'id': 8, 'file_name': 'b.jpg'}],
+              'annotations': [{'image_id': 7, 'id': 1, 'caption': 'a dog'}, {'image_id': '8', 'id': 2, 'caption': 'a big cat'}]}
+    (tmp_path/'ours.json').write_text(json.dumps(ours))
+    (tmp_path/'people.json').write_text(json.dumps(people))
+    mm_score(str(tmp_path/'ours.json'), [str(tmp_path/'people.json')], json=True)
+    assert json.loads(capsys.readouterr().out)['bleu_1'] == pytest.approx(1)
+    (tmp_path/'ours.json').write_text(json.dumps([{'image': 'c.jpg', 'caption': 'a dog'}]))
+    assert 'c.jpg is not in' in mistake(capsys, mm_score, str(tmp_path/'ours.json'), [str(tmp_path/'people.json')])
 
 
 def test_score_of_files_that_do_not_fit(capsys, tmp_path):
@@ -241,4 +352,4 @@ def test_ctrl_c_says_how_to_go_on_and_resuming_does(home, tmp_path):
     assert f'mm_train shapes:60 {tmp_path/"run"} --resume' in err.splitlines()[-1]
     assert (tmp_path/'run'/'last').is_dir() and (tmp_path/'run'/'config.json').is_file()
     r = shell('mm_train', 'shapes:60', tmp_path/'run', '--resume', '--epochs', '3')
-    assert r.returncode == 2 and 'epochs' in r.stderr.splitlines()[-1]      # begun with other settings
+    assert r.returncode == 2 and 'epochs' in (line := r.stderr.splitlines()[-1]) and 'init' in line

@@ -181,6 +181,25 @@ def test_list_images(tmp_path):
         with pytest.raises(UserError): list_images(wrong)
 
 
+def test_a_folder_gives_every_kind_of_photo_that_pillow_writes_and_reads(tmp_path):
+    Image.init()
+    made = set()
+    for ending, kind in sorted(Image.registered_extensions().items()):
+        if kind not in Image.OPEN or kind in ('EPS', 'ICNS', 'PDF'): continue          # drawings, symbols, pages
+        try: Image.new('RGB', (32, 32), 'red').save(tmp_path/f'a{ending}', kind)
+        except (OSError, ValueError, KeyError): (tmp_path/f'a{ending}').unlink(missing_ok=True)
+        else: made.add(f'a{ending}')
+    assert {'a.jpg', 'a.tga', 'a.tiff', 'a.webp'} <= made and made == {p.name for p in list_images(tmp_path)}
+    for path in list_images(tmp_path): assert load_image(path).size == (32, 32), path
+
+
+def test_a_picture_is_written_whole_or_one_line_says_why(tmp_path, corner):
+    (tmp_path/'file').touch()
+    with pytest.raises(UserError, match='a.png'): show_images([corner], path=tmp_path/'file'/'a.png')
+    show_images([corner], path=tmp_path/'new'/'a.png')
+    assert [p.name for p in (tmp_path/'new').iterdir()] == ['a.png']
+
+
 def test_show_images_takes_all_kinds_and_saves(tmp_path, corner):
     pictures = [corner, np.asarray(corner), torch.rand(3, 8, 8), torch.rand(1, 8, 8), np.zeros((4, 4))]
     show_images(pictures, [str(i) for i in range(5)], n_cols=3, path=tmp_path/'sheet.png')

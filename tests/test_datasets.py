@@ -237,6 +237,27 @@ def test_duplicates_of_coco_are_counted(coco):
     assert load_dataset(coco).skipped == {'duplicate caption id': 1}
 
 
+@pytest.mark.parametrize('within', ['b/Images', 'more/flickr', 'annotations'])
+def test_a_folder_itself_comes_before_folders_within(kaggle, within):
+    "Another data set in a folder below does not hide the one that was asked for, and is no second one either."
+    other = kaggle/within
+    photos(other/'Flicker8k_Dataset', 'z.jpg')
+    (other/'Flickr8k.token.txt').write_text('z.jpg#0\tA boat .\n')
+    assert set(captions(load_dataset(kaggle))) == {'a.jpg', 'b.jpg'}
+
+
+def test_one_of_cocos_files_stands_for_all(coco):
+    assert captions(load_dataset(coco/'annotations'/'captions_train2014.json')) == captions(load_dataset(coco))
+
+
+def test_what_was_left_out_is_counted_with_an_example(official):
+    (official/'Flicker8k_Dataset'/'a.jpg').unlink()
+    photos(official/'Flicker8k_Dataset', 'new.jpg')
+    data = load_dataset(official)
+    assert data.skipped == {'photo missing': 1, 'no caption': 1}
+    assert 'left out 1: photo missing, such as a.jpg' in data.summary() and 'no caption, such as new.jpg' in data.summary()
+
+
 # --- one clear line
 
 def test_missing_folder(tmp_path):

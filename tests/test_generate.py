@@ -316,7 +316,7 @@ def test_several_looks_are_averaged(models, fusion, method):
     together = generate(model, [a, b], config)
     assert together == generate(model, (b, a), config)                      # in any order
     assert [c.ids for c in generate(model, [a, a], config)] == [c.ids for c in generate(model, a, config)]
-    assert [c.ids for c in together] != [c.ids for c in generate(model, a, config)]
+    assert [c.logprob for c in together] != [c.logprob for c in generate(model, a, config)]
     for i, caption in enumerate(together):                                  # the logprob is that of the average
         tokens, logits = torch.tensor([[BOS, *caption.ids, EOS]]), 0
         with torch.no_grad():

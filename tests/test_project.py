@@ -108,6 +108,18 @@ def test_notebook_cells_are_short_and_kept_outputs_small(notebook):
     assert not [o for o in outputs if o['output_type'] == 'error'], 'an error is kept among the outputs'
 
 
+@pytest.mark.parametrize('notebook', [n for n in NOTEBOOKS if n.stem != 'index'], ids=lambda n: n.stem)
+def test_notebooks_are_of_a_size_to_be_read(notebook):
+    "As CONTRIBUTING promises: so many cells, so many exported lines, and prose beside the code."
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    lines = lambda src: sum(bool(l.strip()) and not l.startswith('#|') for l in src.split('\n'))
+    code = sources(notebook)
+    words = sum(len(re.findall(r'\w+', ''.join(c['source']))) for c in cells if c['cell_type'] == 'markdown')
+    assert 20 <= len(cells) <= 70
+    assert sum(lines(src) for src in code if re.search(r'^#\|\s*export', src, re.M)) <= 200
+    assert words >= 2.5*sum(map(lines, code)), f'{words} words beside {sum(map(lines, code))} lines of code'
+
+
 def test_modules_are_what_the_notebooks_export_and_notebooks_are_clean(tmp_path):
     "nbdev_export and nbdev_clean in a copy of the project change nothing."
     for name in ['nbs', 'multimodal']:

@@ -58,6 +58,21 @@ def same_weights(a, b):
     return all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
 
 
+@pytest.mark.parametrize('line', [b'\xff\xfe', b'5', b'{}', b'[]', b'{"loss": 1'])
+def test_a_broken_history_is_one_clear_line(copy, line):
+    "Broken anywhere but at the end, where a copy at a bad moment may have cut it."
+    path = copy/'history.jsonl'
+    path.write_bytes(line + b'\n' + path.read_bytes())
+    with pytest.raises(UserError, match='history.jsonl, line 1'): load_run(copy, device='cpu')
+
+
+def test_an_optimizer_of_another_model_is_one_clear_line(copy, data, tmp_path):
+    train_captions(data, tmp_path/'wide', replace(SMALL, embedding_dim=64), device='cpu', say=quiet)
+    shutil.copy(tmp_path/'wide'/'last'/'optimizer.safetensors', copy/'last')
+    with pytest.raises(UserError, match='does not belong to this model'):
+        train_captions(data, copy, replace(SMALL, epochs=2), resume=True, device='cpu', say=quiet)
+
+
 # ---- the recipe
 
 plain = {int: st.integers(1, 8), bool: st.just(False), str: st.text('abc/', max_size=5), float: st.floats(0.001, 0.99)}
