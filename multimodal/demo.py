@@ -26,7 +26,7 @@ SHAPES = RunConfig(data='shapes', weights='none', trainable='all', stage=2, imag
                    n_layers=2, min_count=1, max_words=30, dropout=0.0, batch_size=16, captions_per_image=3, lr=1e-3,
                    warmup=0.1, epochs=12)
 
-DEMO = replace(SHAPES, epochs=4, max_seconds=160.0)
+DEMO = replace(SHAPES, epochs=4, max_seconds=180.0)
 DEMO_SCENES = 12000
 
 # %% ../nbs/39b_demo.ipynb #1d389baf
