@@ -8,7 +8,7 @@ __all__ = ['PUNCTUATION', 'METRICS', 'masked_cross_entropy', 'token_accuracy', '
            'constant_caption', 'ngrams', 'floor', 'ceiling', 'metrics_table']
 
 # %% ../nbs/09_metrics.ipynb #8dae6486
-import contextlib, functools, io, math, os, re, shutil, subprocess
+import contextlib, functools, io, math, os, re, shutil, subprocess, threading
 from collections import Counter
 from .core import UserError
 from .text import PAD
@@ -146,6 +146,7 @@ def meteor_score(
     except (OSError, ValueError): return None
     finally:
         if scorer is not None:
+            scorer.lock = threading.Lock()             # Ctrl-C may have left the other one locked for good
             scorer.meteor_p.kill()
             scorer.meteor_p.communicate()
 

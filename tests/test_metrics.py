@@ -108,3 +108,20 @@ def test_anchors_on_flickr8k(flickr):
                              (caption_metrics(constant, flickr, 'python'), lazy)):
             for name in theirs:
                 if name != 'meteor': assert ours[name] == pytest.approx(theirs[name], rel=.005), name
+
+
+@java
+def test_ctrl_c_while_meteor_counts_ends_at_once():
+    "Stopped while its lock is held, the scorer must not wait for that lock as it is thrown away."
+    code = '''
+import sys
+from pycocoevalcap.meteor.meteor import Meteor
+from multimodal.metrics import meteor_score
+def stopped(self, theirs, mine):
+    self.lock.acquire()
+    raise KeyboardInterrupt
+Meteor.compute_score = stopped
+try: meteor_score({0: ['a dog']}, {0: ['a dog']})
+except KeyboardInterrupt: sys.exit(130)
+'''
+    assert subprocess.run([sys.executable, '-c', code], timeout=60, capture_output=True).returncode == 130
