@@ -98,7 +98,7 @@ def mm_validate(
     data: str = None,      # a data set; the one it was trained on if not given
     split: str = 'test',   # which of its splits
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
-    flip: bool = False,    # look at each photo's mirror image too, and average: a little better, twice the time
+    flip: bool = False,    # average over photo and mirror image: better, unless captions say left and right
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,    # cpu, cuda, …; the best there is if not given
     json: bool = False,    # print one JSON value
@@ -145,7 +145,7 @@ def mm_caption(
     photos: Photos,
     run: str = 'runs/flickr8k',  # the run folder of a trained model
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
-    flip: bool = False,          # look at each photo's mirror image too, and average: a little better, twice the time
+    flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
     batch_size: int = 32,        # photos at a time
     weights: str = None,         # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,          # cpu, cuda, …; the best there is if not given

@@ -199,7 +199,8 @@ def caption_rows(path: str, rows, ids: dict={}) -> list:  # of (image id as text
 def file_ids(notes) -> dict:  # name of a photo's file → its id, as COCO's annotations tell
     "Which photo is which"
     images = notes.get('images') if isinstance(notes, dict) else None
-    return {i['file_name']: i.get('id') for i in images or [] if isinstance(i, dict) and 'file_name' in i}
+    images = [i for i in images or [] if isinstance(i, dict) and 'file_name' in i]
+    return {Path(str(i['file_name'])).name: i.get('id') for i in images}
 
 def pair_coco(hypotheses: str, references: str) -> tuple:  # captions, references of each
     "Captions and references from COCO's JSON. Raises `UserError` where they do not fit."

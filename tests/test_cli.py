@@ -312,7 +312,7 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
 def test_what_mm_caption_prints_can_be_scored(capsys, tmp_path):
     from multimodal.cli import mm_score
     ours = [{'image': f'some/where/{n}.jpg', 'caption': c, 'logprob': -1.} for n, c in (('b', 'a big cat'), ('a', 'a dog'))]
-    people = {'images': [{'id': 7, 'file_name': 'a.jpg'}, {'id': 8, 'file_name': 'b.jpg'}],
+    people = {'images': [{'id': 7, 'file_name': 'a.jpg'}, {'id': 8, 'file_name': 'val2014/b.jpg'}],
               'annotations': [{'image_id': 7, 'id': 1, 'caption': 'a dog'}, {'image_id': '8', 'id': 2, 'caption': 'a big cat'}]}
     (tmp_path/'ours.json').write_text(json.dumps(ours))
     (tmp_path/'people.json').write_text(json.dumps(people))
