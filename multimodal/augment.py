@@ -12,7 +12,7 @@ import os, random, re, shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from .core import UserError, load_image, show_images
+from .core import UserError, aside, load_image, show_images
 from .datasets import CaptionData
 from .shapes import parse_caption
 
@@ -158,10 +158,10 @@ def augment_sheet(
     return show_images(images, titles, n_cols=4, size=1.9, path=path)
 
 # %% ../nbs/03_augment.ipynb #b8603d0c
-def write_photo(item, folder: Path, split: str, copies: int, config: AugmentConfig, seed: int) -> bool:
-    "Write a photo, changed copies and all their captions to a split; False (and nothing) where it cannot be read"
+def write_photo(item, folder: Path, split: str, copies: int, config: AugmentConfig, seed: int) -> str|None:
+    "Write a photo, changed copies and all their captions to a split; gives the reason where it cannot be read"
     try: photo = load_image(item.image)
-    except UserError: return False
+    except UserError as e: return str(e)
     stem = re.sub(r'[^\w.-]+', '_', item.image.stem)
     with open(folder/'Flickr8k.token.txt', 'a', encoding='utf-8') as tokens, \
          open(folder/f'Flickr_8k.{split}Images.txt', 'a', encoding='utf-8') as names:
@@ -172,7 +172,6 @@ def write_photo(item, folder: Path, split: str, copies: int, config: AugmentConf
             image.save(folder/'Flicker8k_Dataset'/name, quality=95, subsampling=0)
             names.write(f'{name}\n')
             tokens.writelines(f'{name}#{j}\t{" ".join(c.split())}\n' for j, c in enumerate(captions))
-    return True
 
 # %% ../nbs/03_augment.ipynb #f7e1f2cd
 def augment_dataset(
@@ -190,10 +189,10 @@ def augment_dataset(
     part = out.with_name(f'.{out.name}.{os.getpid()}.part')
     try:
         (part/'Flicker8k_Dataset').mkdir(parents=True)
-        done = [write_photo(item, part, split, copies*(split == 'train'), config, seed)
+        wrong = [write_photo(item, part, split, copies*(split == 'train'), config, seed)
                 for split, items in data.splits.items() for item in items]
-        if not any(done): raise UserError(f'augment: {data.name} has no photo that can be read')
-        if not all(done): print(f'photos left out because they cannot be read: {done.count(False)}')
+        if all(wrong): raise UserError(f'augment: {data.name} has no photo that can be read')
+        if any(wrong): aside(f'left out {len(wrong) - wrong.count(None)} photos, first {next(filter(None, wrong))}')
         os.replace(part, out)
     except OSError as error: raise UserError(f'{out}: cannot be written ({error.strerror or error})') from error
     finally: shutil.rmtree(part, ignore_errors=True)

@@ -6,14 +6,14 @@
 __all__ = ['Photos', 'References', 'Settings', 'mm_demo', 'mm_download', 'mm_augment', 'mm_train', 'mm_validate', 'mm_score',
            'mm_caption']
 
-# %% ../nbs/40_cli.ipynb #5ffebbb5
+# %% ../nbs/40_cli.ipynb #07716192
 from pathlib import Path
 
 from fastcore.script import Param
 
-from .core import UserError
+from .core import UserError, aside
 from .terminal import (between_limits, changed, command, is_drawn, judge_drawn, open_data, pair_coco,
-                                 pair_lines, print_json, quiet, recipe_for, say_what_is_missing, settings, warn)
+                                 pair_lines, print_json, quiet, recipe_for, say_what_is_missing, settings)
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
@@ -43,7 +43,7 @@ def mm_download(
     folder = fetch_flickr8k(Path(root)/name, url, checksum)
     print(open_data(str(folder)).summary(), f'ready in {folder}', sep='\n')
 
-# %% ../nbs/40_cli.ipynb #efcf1882
+# %% ../nbs/40_cli.ipynb #1636551e
 @command
 def mm_augment(
     data: str,          # a data set: a folder, or shapes
@@ -62,7 +62,9 @@ def mm_augment(
     if sheet:
         augment_sheet(captions, AugmentConfig(), seed, sheet)
         print(f'look at {sheet}')
-    if out: print(f'written to {augment_dataset(captions, out, copies, AugmentConfig(), seed)}')
+    if out:
+        augment_dataset(captions, out, copies, AugmentConfig(), seed)
+        print(f'written to {out}')
 
 # %% ../nbs/40_cli.ipynb #9de70842
 @command
@@ -91,7 +93,7 @@ def mm_train(
     train_captions(open_data(data), Path(run), config, resume, device=device, init=init and Path(init))
     print(f'trained: {run}\nnext: mm_validate {run}, mm_caption PHOTO --run {run}')
 
-# %% ../nbs/40_cli.ipynb #dcf9c226
+# %% ../nbs/40_cli.ipynb #ee95ce1d
 @command
 def mm_validate(
     run: str,              # a run folder
@@ -109,15 +111,16 @@ def mm_validate(
     with quiet():
         trained = load_run(Path(run), weights, device)
         if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
-        how, truth = GenerateConfig(beam=beam, flip=flip), judge_drawn if is_drawn(data) else None
-        scores = trained.evaluate(open_data(data), split, how, limits=True, judge=truth)
+        captions, truth = open_data(data), judge_drawn if is_drawn(data) else None
+        for line in captions.remarks(): aside(f'{captions.name}: {line}')
+        scores = trained.evaluate(captions, split, GenerateConfig(beam=beam, flip=flip), limits=True, judge=truth)
     say_what_is_missing(scores)
     if json: return print_json(scores)
     print(f'{split} of {data}, {scores["n_images"]} pictures')
     print('given the true words: ' + ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy')))
     print(between_limits(scores))
 
-# %% ../nbs/40_cli.ipynb #13c11db0
+# %% ../nbs/40_cli.ipynb #33d5f2f6
 @command
 def mm_score(
     hypotheses: str,     # captions: COCO results JSON, or a text file with one a line
@@ -125,7 +128,7 @@ def mm_score(
     json: bool = False,  # print one JSON value
 ):
     "Score captions: BLEU, ROUGE-L, METEOR and CIDEr"
-    from multimodal.metrics import caption_metrics, ceiling, floor
+    from multimodal.metrics import caption_metrics, ceiling, floor, one_fewer
     references = [references] if isinstance(references, str) else references
     kinds = {Path(p).suffix.lower() == '.json' for p in [hypotheses, *references]}
     if len(kinds) > 1: raise UserError('captions and references must both be JSON or both be text')
@@ -134,12 +137,13 @@ def mm_score(
     if not captions: raise UserError(f'{hypotheses}: there are no captions in it')
     several = any(len(refs) > 1 for refs in people)
     with quiet(): scores = {**caption_metrics(captions, people), 'floor': floor(people, people),
+                            'one_fewer': one_fewer(captions, people) if several else None,
                             'ceiling': ceiling(people) if several else None}
     say_what_is_missing(scores)
     if json: return print_json(scores)
     print(f'{len(captions)} caption{"s"*(len(captions) != 1)}', between_limits(scores, 'these captions'), sep='\n')
 
-# %% ../nbs/40_cli.ipynb #3ef21360
+# %% ../nbs/40_cli.ipynb #bfba880c
 @command
 def mm_caption(
     photos: Photos,
@@ -160,7 +164,7 @@ def mm_caption(
     with quiet():
         trained = load_run(Path(run), weights, device)
         rows = trained.caption(photos, GenerateConfig(beam=beam, flip=flip), batch_size, broken.append)
-    for line in broken: warn(line)
-    if broken: warn(f'{len(broken)} of {len(broken) + len(rows)} files could not be read')
+    for line in broken: aside(line)
+    if broken: aside(f'{len(broken)} of {len(broken) + len(rows)} files could not be read')
     if json: return print_json(rows)
     for r in rows: print(f'{r["image"]}: {r["caption"]}')

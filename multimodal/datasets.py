@@ -44,9 +44,13 @@ class CaptionData:
             return f'{plural(len(items), "photo")}, {plural(sum(len(item.captions) for item in items), "caption")}'
         lines = [f'{self.name}: {count([item for items in self.splits.values() for item in items])}']
         lines += [f'  {split:<8} {count(items)}' for split, items in self.splits.items()]
+        return '\n'.join(lines + [f'  {line}' for line in self.remarks()])
+
+    def remarks(self) -> list[str]:
+        "What a user should know before trusting the data: what was left out, and splits that we made"
         name = lambda reason: f', such as {self.examples[reason]}' if reason in self.examples else ''
-        lines += [f'  left out {n:,}: {reason}{name(reason)}' for reason, n in self.skipped.items() if n]
-        return '\n'.join(lines + [f'  {self.note}']*bool(self.note))
+        return [f'left out {n:,}: {reason}{name(reason)}' for reason, n in self.skipped.items() if n] \
+            + [self.note]*bool(self.note)
 
     __repr__ = summary
 

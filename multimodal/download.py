@@ -201,10 +201,10 @@ def fetch_archive(
     folders: list[str], # addresses of folders that have it
     others: bool = False, # whether it may be another archive than the published one
 ):
-    "Fetch one archive; the message for a wrong checksum says what to do where that may be right"
+    "Fetch one archive; where it may rightly have another sum, the message says how to give it"
     try: download([f'{folder.rstrip("/")}/{dest.name}' for folder in folders], dest, checksum)
     except UserError as e:
-        hint = '; give the sums of other archives with --checksum' if others and 'should be' in str(e) else ''
+        hint = '; archives that are not the published ones need their own sums: --checksum' if others else ''
         raise UserError(f'{e}{hint}') from None
 
 def join_archives(

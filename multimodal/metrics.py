@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUNCTUATION', 'METRICS', 'masked_cross_entropy', 'token_accuracy', 'perplexity', 'split_python', 'split_java',
            'quiet', 'has_java', 'starts', 'caption_metrics', 'check_captions', 'plain_scores', 'meteor_score',
-           'constant_caption', 'ngrams', 'floor', 'ceiling', 'metrics_table']
+           'constant_caption', 'ngrams', 'floor', 'ceiling', 'one_fewer', 'metrics_table']
 
 # %% ../nbs/09_metrics.ipynb #8dae6486
 import contextlib, functools, io, math, os, re, shutil, subprocess, threading
@@ -188,11 +188,19 @@ def ceiling(
     **settings, # as for `caption_metrics`
 ) -> dict: # metrics
     "What one person's caption scores against the others'; images with a single caption are left out"
-    several = [rs for rs in references if len(rs) > 1]
-    if not several: raise UserError('ceiling: needs images with at least two captions')
-    hypotheses = [rs[which % len(rs)] for rs in several]
-    others = [[r for i, r in enumerate(rs) if i != which % len(rs)] for rs in several]
-    return caption_metrics(hypotheses, others, **settings)
+    return one_fewer([rs[which % len(rs)] if rs else '' for rs in references], references, which, **settings)
+
+def one_fewer(
+    hypotheses: list[str], # captions, one for each image
+    references: list[list[str]], # captions that people wrote for the same images
+    which: int = 0, # the reference of each image that is left out
+    **settings, # as for `caption_metrics`
+) -> dict: # metrics
+    "What captions score against the references that `ceiling` has: to be compared with it"
+    rest = lambda rs: [r for i, r in enumerate(rs) if i != which % len(rs)]
+    pairs = [(h, rest(rs)) for h, rs in zip(hypotheses, references) if len(rs) > 1]
+    if not pairs: raise UserError('ceiling: needs images with at least two captions')
+    return caption_metrics(*map(list, zip(*pairs)), **settings)
 
 # %% ../nbs/09_metrics.ipynb #ff1ca31d
 METRICS = {'bleu_1': 'BLEU-1', 'bleu_2': 'BLEU-2', 'bleu_3': 'BLEU-3', 'bleu_4': 'BLEU-4', 'meteor': 'METEOR',

@@ -98,6 +98,8 @@ def load_captioner(
     check_size(config, vocab, folder)
     if saved.get('vocab') != vocab.fingerprint():
         raise UserError(f'{folder}: vocab.json does not hold the words that the model was trained with')
+    if weights not in (None, 'imagenet') and not Path(weights).is_file():                   # whether needed or not
+        raise UserError(f'weights {weights}: no such file')
     source = 'none' if keeps_trunk(config) else weights or config.encoder.weights
     model = Captioner(replace(config, encoder=replace(config.encoder, weights=source)))
     if not keeps_trunk(config) and saved.get('trunk') != model.encoder.weights_fingerprint():

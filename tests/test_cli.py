@@ -38,12 +38,12 @@ def shell(name, *args, **kw):
     return subprocess.run([SCRIPTS/name, *map(str, args)], capture_output=True, text=True, timeout=120, **kw)
 
 
-def mistake(capsys, func, *args, begun='', **kw):
+def mistake(capsys, func, *args, **kw):
     "Call a command that must end with status 2 and one line on standard error, before it has begun its work; give the line."
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: func(*args, **kw)
     out, err = capsys.readouterr()
-    assert e.value.code == 2 and (out.startswith(begun) if begun else not out), out
+    assert e.value.code == 2 and not out, out
     lines = [l for l in err.splitlines() if l.strip()]
     assert len(lines) == 1 and 'Traceback' not in err, err
     return lines[0]
@@ -93,7 +93,7 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'weights_only' not in (line := go(weights=str(tmp_path/'fake.pth'))) and 'holds no PyTorch weights' in line
     for wrong in ('captions_per_image=-1', 'max_words=0', 'patience=-1', 'max_seconds=-1', 'word_dropout=1'):
         assert wrong.split('=')[0] in go(set=SMALL + [wrong])
-    assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu', begun='shapes-60-48: 60 photos')
+    assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
     assert 'warp' in go(device='warp', set=SMALL)
     assert 'config.json' in go(resume=True)
     assert not (tmp_path/'run').exists()
@@ -247,6 +247,7 @@ def test_photos_that_cannot_be_read_are_left_out_of_training_and_said(run, home,
     out, err = capsys.readouterr()
     n = len(load_dataset(data)['test'])
     assert json.loads(out)['n_images'] == n - 1 and f'left out 1 of {n} photos' in err and broken[1].name in err
+    assert 'photos: left out 1: photo missing' in err
 
 
 def test_without_floor_or_ceiling_it_says_why(run, home, tmp_path, capsys):
@@ -303,7 +304,7 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
     hyp, one, two = (str(tmp_path/name) for name in lines)
     mm_score(hyp, [one, two])
     shown = capsys.readouterr().out.splitlines()
-    assert [l.split()[0] for l in shown[2:]] == ['floor', 'these', 'ceiling']
+    assert [l.split()[0] for l in shown[2:]] == ['floor', 'these', 'one', 'ceiling']
     mm_score(hyp, [one], json=True)
     out, err = capsys.readouterr()
     assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err
@@ -333,10 +334,42 @@ def test_score_of_files_that_do_not_fit(capsys, tmp_path):
     assert 'no captions' in mistake(capsys, mm_score, file('empty.txt', ''), [file('empty2.txt', '')])
     results, people = file('r.json', '[{"image_id": 1, "caption": "a dog"}]'), '{"annotations": [{"image_id": 2, "caption": "a dog"}]}'
     assert 'image 1' in mistake(capsys, mm_score, results, [file('p.json', people)])
+    assert 'no captions' in mistake(capsys, mm_score, file('none.json', '[]'), [file('p.json', people)])
     assert 'both' in mistake(capsys, mm_score, results, [ref])
     assert 'broken.json' in mistake(capsys, mm_score, file('broken.json', '[{'), [file('p.json', people)])
     assert 'entry 1' in mistake(capsys, mm_score, file('odd.json', '[{"image_id": 1}]'), [file('p.json', people)])
     mistake(capsys, mm_score, str(tmp_path), [ref])
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no /dev/full')
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path/'a.txt').write_text('a dog\n')
+    with open('/dev/full', 'w') as full:
+        r = subprocess.run([SCRIPTS/'mm_score', tmp_path/'a.txt', tmp_path/'a.txt', '--json'], stdout=full, stderr=subprocess.PIPE,
+                           text=True, timeout=120)
+    assert r.returncode == 2 and 'No space left' in r.stderr.splitlines()[-1] and 'Traceback' not in r.stderr, r.stderr
+
+
+def test_ctrl_c_that_a_library_hid_is_still_ctrl_c(capsys):
+    from multimodal.terminal import command
+    def mm_import():
+        try: raise KeyboardInterrupt
+        except KeyboardInterrupt as e: raise ImportError('numpy seems to be broken') from e
+    def mm_wrong(): raise ImportError('no module of that name')
+    with pytest.raises(SystemExit) as e: command(mm_import)()
+    assert e.value.code == 130 and capsys.readouterr().err == 'mm_import: stopped\n'
+    with pytest.raises(ImportError): command(mm_wrong)()
+
+
+def test_a_pipe_is_no_photo_and_nobody_waits_for_it(run, tmp_path, capsys):
+    from multimodal.cli import mm_caption
+    os.mkfifo(tmp_path/'pipe.jpg')
+    assert 'pipe' in mistake(capsys, mm_caption, [str(tmp_path/'pipe.jpg')], run=str(run), device='cpu')
+
+
+def test_a_mistyped_weights_file_is_said_even_where_it_is_not_needed(run, capsys):
+    from multimodal.cli import mm_validate
+    assert 'gone.pth: no such file' in mistake(capsys, mm_validate, str(run), weights='gone.pth', device='cpu')
 
 
 def test_ctrl_c_says_how_to_go_on_and_resuming_does(home, tmp_path):

@@ -318,7 +318,7 @@ def test_the_command(server, mirror, tmp_path):
     command = [Path(sysconfig.get_path('scripts'))/'mm_download', 'flickr8k', '--root', tmp_path/'d']
     def run(*args): return subprocess.run([*command, *args], capture_output=True, text=True)
     wrong = run('--url', server.url + '/m')
-    assert wrong.returncode == 2 and 'with --checksum' in wrong.stderr.splitlines()[-1]
+    assert wrong.returncode == 2 and '--checksum' in wrong.stderr.splitlines()[-1]
     wrong = run('--url', server.url + '/m', '--checksum', f'{MD5},{MD5}')
     assert (wrong.returncode, wrong.stderr.count('\n')) == (2, 1) and 'should be ' + MD5 in wrong.stderr, wrong.stderr
     right = run('--url', server.url + '/m', '--checksum', mirror)

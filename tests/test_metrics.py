@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from nltk.translate.bleu_score import corpus_bleu
 
 from multimodal.core import UserError
-from multimodal.metrics import caption_metrics, ceiling, constant_caption, floor, has_java, metrics_table, split_java, split_python
+from multimodal.metrics import (caption_metrics, ceiling, constant_caption, floor, has_java, metrics_table, one_fewer, split_java,
+                                split_python)
 
 VECTORS = Path(__file__).parent/'vectors'/'nlg_eval'        # by Maluuba/nlg-eval, MIT; see the licence beside them
 PUBLISHED = dict(bleu_1=.55, bleu_2=.428174, bleu_3=.284043, bleu_4=.201143, meteor=.295797, rouge_l=.522104, cider=1.242192)
@@ -72,6 +73,16 @@ def test_bad_input():
     with pytest.raises(UserError): caption_metrics(['a'], [['a']], 'perl')
     with pytest.raises(UserError): ceiling([['a']])
     with pytest.raises(UserError): floor([[]], [['a']])
+
+def test_the_same_captions_against_one_reference_fewer():
+    "What `ceiling` leaves out is left out here, image by image; a person against the others is the ceiling itself."
+    said, people = ['a dog', 'a cat', 'a bird'], [['a dog', 'dogs run', 'the dog'], ['a cat'], ['birds', 'a bird here']]
+    for which in range(3):
+        rest = [[r for i, r in enumerate(rs) if i != which % len(rs)] for rs in (people[0], people[2])]
+        assert one_fewer(said, people, which, meteor=False) == caption_metrics(['a dog', 'a bird'], rest, meteor=False)
+        person = [rs[which % len(rs)] for rs in people]
+        assert one_fewer(person, people, which, meteor=False) == ceiling(people, which, meteor=False)
+    with pytest.raises(UserError): one_fewer(['a'], [['a']])
 
 def test_constant_caption_is_common():
     rng = random.Random(0)

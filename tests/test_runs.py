@@ -335,6 +335,16 @@ def test_mistakes_are_refused_before_anything_is_changed(copy, data, tmp_path):
     assert {p: p.read_bytes() for p in copy.rglob('*') if p.is_file()} == before
 
 
+def test_what_can_be_refused_is_refused_before_features_are_computed(copy, data, tmp_path, monkeypatch):
+    def never(*args): raise AssertionError('features were computed first')
+    monkeypatch.setattr(multimodal.runs, 'make_loaders', never)
+    for run, config, resume, message in [(copy, replace(SMALL, lr=0.5), True, 'lr=0.002, not 0.5'),
+                                         (tmp_path/'new', replace(SMALL, slow='decoderr'), False, 'decoderr')]:
+        with pytest.raises(UserError, match=message): train_captions(data, run, config, resume, device='cpu', say=quiet)
+    shutil.rmtree(copy/'last')
+    with pytest.raises(UserError, match='nothing to resume'): train_captions(data, copy, resume=True, device='cpu', say=quiet)
+
+
 def test_disk_full_while_training_keeps_the_best_so_far(data, trained, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     def full(line):
