@@ -146,7 +146,7 @@ def best_threads(
         yield torch.get_num_threads()
     finally: torch.set_num_threads(usual)
 
-# %% ../nbs/39b_demo.ipynb #6fc27490
+# %% ../nbs/39b_demo.ipynb #f4bb5415
 def demo(
     out: str | Path,                # folder for everything
     config: RunConfig = DEMO,
