@@ -59,17 +59,18 @@ def merge_heads(
     "Put the heads' answers side by side again"
     return x.transpose(1, 2).flatten(2)               # [B, T, D]
 
-# %% ../nbs/06_attention.ipynb #e8099963
+# %% ../nbs/06_attention.ipynb #0049ceff
 def fused_attention(
     q: torch.Tensor,  # queries [B, h, T, d]
     k: torch.Tensor,  # keys [B, h, P, d]
     v: torch.Tensor,  # values [B, h, P, d]
     causal: bool = False,  # are the queries the newest T of P words, and may see no later ones?
     dropout: float = 0.,  # share of weights hidden
+    mask: torch.Tensor | None = None,  # where not causal: bool, broadcast to [B, h, T, P], True where one may look
 ) -> torch.Tensor:  # [B, h, T, d]
     "The answers that `attention` gives, by PyTorch's fused kernel"
     T, P = q.shape[2], k.shape[2]
-    mask = causal_mask(T, P, q.device) if causal and 1 < T < P else None
+    if causal: mask = causal_mask(T, P, q.device) if 1 < T < P else None
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and 1 < T == P)
 
 # %% ../nbs/06_attention.ipynb #82cc058c
@@ -134,13 +135,14 @@ def keys_values(self: MultiHeadAttention,
     k, v = kv.chunk(2, -1)                                                       # [N, P, D] each
     return split_heads(k, self.n_heads), split_heads(v, self.n_heads)
 
-# %% ../nbs/06_attention.ipynb #1dd2e277
+# %% ../nbs/06_attention.ipynb #f5f2928c
 @patch
 def forward(self: MultiHeadAttention,
     x: torch.Tensor,  # words [B, T, D]
     memory=None,  # what they ask: [N, P, D] or its `keys_values`, B = N or N × K, row by row; None: each other
     causal: bool = False,  # among words: may each see only itself and earlier ones?
     cache: KVCache | None = None,  # among words: those before x; gets x added
+    mask: torch.Tensor | None = None,  # with a memory: bool [N, 1, 1, P], True where there is something to look at
 ) -> torch.Tensor:  # [B, T, D]
     D = x.shape[-1]
     if memory is None:
@@ -149,5 +151,5 @@ def forward(self: MultiHeadAttention,
     else:
         k, v = memory if isinstance(memory, tuple) else self.keys_values(memory)       # [N, h, P, d] each
         q = self.queries(x.reshape(len(k), -1, D))                                     # [N, h, K*T, d]
-    y = fused_attention(q, k, v, causal and memory is None, self.dropout if self.training else 0.)
+    y = fused_attention(q, k, v, causal and memory is None, self.dropout if self.training else 0., mask)
     return self.out(merge_heads(y)).view_as(x)

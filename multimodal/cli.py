@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Photos', 'References', 'Settings', 'mm_demo', 'mm_download', 'mm_augment', 'mm_train', 'mm_validate', 'mm_score',
-           'mm_caption']
+           'mm_caption', 'mm_search', 'mm_draw']
 
-# %% ../nbs/40_cli.ipynb #07716192
+# %% ../nbs/40_cli.ipynb #02a41010
+import sys
 from pathlib import Path
 
 from fastcore.script import Param
 
 from .core import UserError, aside
-from .terminal import (between_limits, changed, command, is_drawn, judge_drawn, open_data, pair_coco,
-                                 pair_lines, print_json, quiet, recipe_for, say_what_is_missing, settings)
+from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
+                                 print_json, quiet, say_what_is_missing, settings)
+from .wiring import config_to_train, draw_file, in_words, measure, task_of, what_next
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
@@ -66,15 +68,16 @@ def mm_augment(
         augment_dataset(captions, out, copies, AugmentConfig(), seed)
         print(f'written to {out}')
 
-# %% ../nbs/40_cli.ipynb #9de70842
+# %% ../nbs/40_cli.ipynb #e9326150
 @command
 def mm_train(
     data: str,                # a data set: a folder, or shapes (shapes:2000 for that many scenes)
     run: str,                 # folder for the run
-    task: str = 'caption',    # what to learn: caption
+    task: str = None,         # what to learn: caption, retrieve or paint; a run that is resumed knows its own
     init: str = None,         # a run to start from, with its weights and words
     weights: str = None,      # what the ResNet18 starts from: imagenet, the path of a file, or none
     fusion: str = None,       # how words and photo meet: fc, cross or both
+    size: int = None,         # side of the pictures in pixels: of photos to look at, of pictures to paint
     epochs: int = None,       # how often to go through the training data
     batch_size: int = None,   # photos in a batch, each with its captions
     lr: float = None,         # the highest learning rate
@@ -84,16 +87,15 @@ def mm_train(
     set: Settings = None,
 ):
     "Train into a run folder; Ctrl-C stops it so that it can be resumed"
-    if task != 'caption': raise UserError(f'--task {task}: known is caption')
-    from multimodal.runs import read_config, train_captions
-    options = dict(weights=weights, fusion=fusion, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-    given = {k: v for k, v in options.items() if v is not None} | settings(set)
-    if resume: config = changed(read_config(Path(run)), given)
-    else: config = changed(read_config(Path(init)), {'data': data, **given}) if init else recipe_for(data, given)
-    train_captions(open_data(data), Path(run), config, resume, device=device, init=init and Path(init))
-    print(f'trained: {run}\nnext: mm_validate {run}, mm_caption PHOTO --run {run}')
+    from multimodal.tasks import train_run
+    learned = task_of(task, (resume and run) or init)
+    said = dict(weights=weights, fusion=fusion, image_size=size, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    given = {k: v for k, v in said.items() if v is not None} | settings(set)
+    config = config_to_train(learned, data, given, resume and run, init)
+    train_run(learned, open_data(data), Path(run), config, resume, device=device, init=init and Path(init))
+    print(f'trained: {run}\nnext: mm_validate {run}, {what_next(learned, run)}')
 
-# %% ../nbs/40_cli.ipynb #ee95ce1d
+# %% ../nbs/40_cli.ipynb #89604bb6
 @command
 def mm_validate(
     run: str,              # a run folder
@@ -101,24 +103,22 @@ def mm_validate(
     split: str = 'test',   # which of its splits
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
     flip: bool = False,    # average over photo and mirror image: better, unless captions say left and right
+    judge: str = None,     # run folder of a finder that judges the pictures of a painter; drawn scenes need none
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,    # cpu, cuda, …; the best there is if not given
     json: bool = False,    # print one JSON value
 ):
-    "Loss, perplexity, accuracy and caption metrics of a run, beside floor and ceiling"
-    from multimodal.generate import GenerateConfig
-    from multimodal.runs import load_run
+    "How good a run is: caption metrics between limits; a finder's recall beside chance; a painter's drawings, judged"
+    from multimodal.tasks import open_run
     with quiet():
-        trained = load_run(Path(run), weights, device)
+        trained = open_run(task_of(None, run), Path(run), weights, device)
         if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
-        captions, truth = open_data(data), judge_drawn if is_drawn(data) else None
+        captions = open_data(data)
         for line in captions.remarks(): aside(f'{captions.name}: {line}')
-        scores = trained.evaluate(captions, split, GenerateConfig(beam=beam, flip=flip), limits=True, judge=truth)
+        scores = measure(trained, captions, split, is_drawn(data), beam, flip, judge, weights)
     say_what_is_missing(scores)
     if json: return print_json(scores)
-    print(f'{split} of {data}, {scores["n_images"]} pictures')
-    print('given the true words: ' + ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy')))
-    print(between_limits(scores))
+    print(f'{split} of {data}, {scores["n_images"]} pictures', in_words(scores), sep='\n')
 
 # %% ../nbs/40_cli.ipynb #33d5f2f6
 @command
@@ -168,3 +168,54 @@ def mm_caption(
     if broken: aside(f'{len(broken)} of {len(broken) + len(rows)} files could not be read')
     if json: return print_json(rows)
     for r in rows: print(f'{r["image"]}: {r["caption"]}')
+
+# %% ../nbs/40_cli.ipynb #159f0e96
+@command
+def mm_search(
+    sentence: str,                # what the photo should show
+    images: str = None,           # folder with photos
+    run: str = 'runs/finder',     # the run folder of a finder, trained with mm_train --task retrieve
+    k: int = 10,                  # how many photos
+    sheet: str = 'search.png',    # picture to write that shows them; '' for none
+    weights: str = None,          # file with the ResNet18's weights, where it lies elsewhere than in training
+    device: str = None,           # cpu, cuda, …; the best there is if not given
+    json: bool = False,           # print one JSON value
+):
+    "The photos of a folder that fit a sentence; looks at new photos first, and at each photo once"
+    from multimodal.finder import load_finder
+    from multimodal.photoindex import contact_sheet, find_photos, index_file
+    if not images: raise UserError('--images FOLDER is missing: say where the photos are')
+    if not Path(run).is_dir(): raise UserError(f'{run}: no such run folder; train one with mm_train --task retrieve')
+    with quiet():
+        finder = load_finder(Path(run), weights, device)
+        kept = index_file(home()/'search', images, run)
+        found = find_photos(finder, images, kept, sentence, k, sys.stderr.isatty())
+        if sheet: contact_sheet(found, Path(sheet))
+    if json: return print_json(found)
+    for r in found: print(f'{r["score"]:6.3f}  {r["image"]}')
+    if sheet: print(f'look at {sheet}')
+
+# %% ../nbs/40_cli.ipynb #1a24f64a
+@command
+def mm_draw(
+    sentence: str,             # what the picture should show, such as 'a large red circle left of a small blue star'
+    run: str = 'runs/painter', # the run folder of a painter, trained with mm_train --task paint
+    n: int = 1,                # pictures of the sentence, on one sheet
+    seed: int = 0,             # another seed, other pictures
+    size: int = None,          # side of a picture in pixels; only what the painter was trained for
+    guidance: float = None,    # how much the sentence counts: 1 as learned; the run's own if not given
+    steps: int = None,         # from noise to the picture; the run's own if not given
+    scale: int = 8,            # side of the square that each pixel becomes in the file
+    out: str = 'drawing.png',  # picture to write
+    device: str = None,        # cpu, cuda, …; the best there is if not given
+    json: bool = False,        # print one JSON value
+):
+    "A picture of a sentence"
+    from multimodal.painter import load_painter
+    if not Path(run).is_dir():
+        raise UserError(f'{run}: no such run folder; train one with mm_train --task paint')
+    with quiet():
+        painter = load_painter(Path(run), None, device)
+        draw_file(painter, sentence, out, n, scale, seed, size=size, guidance=guidance, steps=steps)
+    if json: return print_json({'image': out, 'sentence': sentence, 'seed': seed, 'n': n})
+    print(f'look at {out}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command', 'short_waits', 'spell_out', 'stop_behind', 'leave', 'plain', 'print_json', 'quiet', 'table',
            'say_what_is_missing', 'between_limits', 'judge_drawn', 'home', 'is_drawn', 'open_data', 'settings',
-           'changed', 'recipe_for', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
+           'changed', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
 
 # %% ../nbs/39c_terminal.ipynb #4c144275
 import errno, json, math, os, re, sys
@@ -136,7 +136,7 @@ def open_data(
     n = int(m[1] or 12_000)
     return load_dataset(make_shapes(home()/f'shapes-{n}-{SIZE}', n=n, size=SIZE))
 
-# %% ../nbs/39c_terminal.ipynb #6368cd41
+# %% ../nbs/39c_terminal.ipynb #3c7ae1f3
 def settings(
     pairs: list | None,  # of 'name=value'
 ) -> dict:
@@ -150,19 +150,15 @@ def settings(
     return found
 
 def changed(
-    config,       # `RunConfig`
+    config,       # `RunConfig`, or that of another task
     given: dict,  # settings that differ
-):                # `RunConfig`
+):                # the same with these
     "A configuration with some settings changed. Raises `UserError` for names and values that do not exist."
     from dataclasses import asdict
     from multimodal.recipe import run_config
-    return run_config({**asdict(config), **given}, 'settings')
-
-def recipe_for(data: str, given: dict):  # `RunConfig`
-    "What to train with: the recipe for this data, changed as asked"
-    from multimodal.demo import SHAPES
-    from multimodal.recipe import PHOTOS
-    return changed(SHAPES if is_drawn(data) else PHOTOS, {'data': data, **given})
+    now = asdict(config)
+    given = {k: str(v) if isinstance(now.get(k), str) and type(v) in (int, float) else v for k, v in given.items()}
+    return run_config({**now, **given}, 'settings', type(config))
 
 # %% ../nbs/39c_terminal.ipynb #3c4a1a9b
 def read_lines(path: str) -> list:  # of str

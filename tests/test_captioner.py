@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig, Writing
 from multimodal.core import UserError
 from multimodal.encoder import EncoderConfig, resnet_trunk
-from multimodal.saving import config_from, load_captioner, load_weights, save_captioner, save_weights
+from multimodal.saving import config_from, load_captioner, load_weights, save_model, save_weights
 from multimodal.text import Vocab
 
 fast = settings(max_examples=15, deadline=None)
@@ -181,7 +181,7 @@ def test_there_and_back(tmp_path, trunk, fusion, weights, trainable, stored):
     encoder = EncoderConfig(weights=str(trunk) if weights == 'file' else 'none', stage=1, image_size=12, trainable=trainable)
     model, vocab = build(fusion=fusion, encoder=encoder), Vocab(words)
     if trainable != 'none': model.encoder.trunk.conv1.weight.data.add_(.1)      # it has learned something
-    save_captioner(model, vocab, tmp_path/'run', extra={'note': 'kept'})
+    save_model(model, vocab, tmp_path/'run', extra={'note': 'kept'})
     again, its_vocab = load_captioner(tmp_path/'run')
     assert same(model, again) and again.config == model.config and not again.training
     assert its_vocab.fingerprint() == vocab.fingerprint()
@@ -189,13 +189,13 @@ def test_there_and_back(tmp_path, trunk, fusion, weights, trainable, stored):
     assert saved['note'] == 'kept' and (saved['trunk'] is None) == stored
     from safetensors.torch import load_file
     assert any(name.startswith('encoder.trunk') for name in load_file(tmp_path/'run'/'model.safetensors')) == stored
-    save_captioner(again, its_vocab, tmp_path/'twice')                          # a copy of the copy
+    save_model(again, its_vocab, tmp_path/'twice')                          # a copy of the copy
     assert same(model, load_captioner(tmp_path/'twice')[0])
 
 
 def test_trunk_elsewhere_or_another(tmp_path, trunk):
     model = build(encoder=EncoderConfig(weights=str(trunk), stage=1, image_size=12))
-    save_captioner(model, Vocab(words), tmp_path/'run')
+    save_model(model, Vocab(words), tmp_path/'run')
     moved = trunk.rename(tmp_path/'moved.pth')
     with pytest.raises(UserError, match='trunk.pth'): load_captioner(tmp_path/'run')
     assert same(model, load_captioner(tmp_path/'run', weights=str(moved))[0])
@@ -205,7 +205,7 @@ def test_trunk_elsewhere_or_another(tmp_path, trunk):
 
 @pytest.fixture
 def run(tmp_path):
-    save_captioner(build(), Vocab(words), tmp_path/'run')
+    save_model(build(), Vocab(words), tmp_path/'run')
     return tmp_path/'run'
 
 
@@ -220,7 +220,7 @@ def test_vocabulary_of_the_same_size(run):
 
 
 def test_saving_with_a_wrong_vocabulary_writes_nothing(tmp_path):
-    with pytest.raises(UserError, match='do not belong together'): save_captioner(build(), Vocab(['one']), tmp_path/'run')
+    with pytest.raises(UserError, match='do not belong together'): save_model(build(), Vocab(['one']), tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
 
@@ -234,7 +234,7 @@ def test_missing_or_half_a_file(run, name):
     with pytest.raises(UserError, match=name): load_captioner(run)
 
 
-@pytest.mark.parametrize('text', ['[]', '{}', '"x"', 'null', '{"captioner": {"vocab_size": 3}}',
+@pytest.mark.parametrize('text', ['[]', '{}', '"x"', 'null', '{"captioner": {"n_layers": 3}}',
                                   '{"captioner": {"vocab_size": "x", "encoder": {}}}',
                                   '{"captioner": {"colour": 1, "encoder": {}}}'])
 def test_config_of_something_else(run, text):
@@ -259,7 +259,7 @@ def test_full_disk_leaves_the_old_weights(run, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(safetensors.torch, 'save_file', full)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    with pytest.raises((OSError, UserError)): save_captioner(build(seed=1), Vocab(words), run)
+    with pytest.raises((OSError, UserError)): save_model(build(seed=1), Vocab(words), run)
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 
 

@@ -14,15 +14,7 @@ SCRIPTS = Path(sysconfig.get_path('scripts'))
 SMALL = ['image_size=32', 'stage=2', 'embedding_dim=32', 'n_layers=1']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def home(tmp_path_factory):
-    "Drawn scenes are kept in a folder of the tests' own."
-    folder = tmp_path_factory.mktemp('home')
-    before = os.environ.get('MULTIMODAL_HOME')
-    os.environ['MULTIMODAL_HOME'] = str(folder)
-    yield folder
-    if before is None: del os.environ['MULTIMODAL_HOME']
-    else: os.environ['MULTIMODAL_HOME'] = before
+pytestmark = pytest.mark.usefixtures('home')
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +44,8 @@ def mistake(capsys, func, *args, **kw):
 def photos(home, n=3): return sorted((home/'shapes-60-48'/'Flicker8k_Dataset').glob('*.jpg'))[:n]
 
 
-@pytest.mark.parametrize('name', ['mm_demo', 'mm_download', 'mm_augment', 'mm_train', 'mm_validate', 'mm_score', 'mm_caption'])
+@pytest.mark.parametrize('name', ['mm_demo', 'mm_download', 'mm_augment', 'mm_train', 'mm_validate', 'mm_score', 'mm_caption',
+                                  'mm_search', 'mm_draw'])
 def test_help_explains_every_option(name):
     r = shell(name, '--help')
     assert r.returncode == 0 and r.stderr == ''

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-import multimodal.runs
+import multimodal.tasks
 from multimodal.captioner import Captioner
 from multimodal.core import UserError, set_seed
 from multimodal.dataloaders import Batch, CaptionDataset, make_loader
@@ -194,7 +194,8 @@ def test_the_run_folder_holds_what_it_promises_and_no_pickles(trained, data):
     assert files == {'config.json', 'vocab.json', 'history.jsonl', 'best/model.safetensors', 'best/config.json',
                      'best/vocab.json', 'last/model.safetensors', 'last/optimizer.safetensors', 'last/ema.safetensors',
                      'last/state.json'}
-    assert run_config(json.loads((trained/'config.json').read_text())) == SMALL
+    kept = json.loads((trained/'config.json').read_text())
+    assert kept.pop('task') == 'caption' and run_config(kept) == SMALL
     run = load_run(trained, device='cpu')
     best = min(r['dev_loss'] for r in run.history)
     assert run.predict(data, 'dev')[1]['loss'] == pytest.approx(best, rel=2e-3)       # bf16 products and fp16 features
@@ -337,7 +338,7 @@ def test_mistakes_are_refused_before_anything_is_changed(copy, data, tmp_path):
 
 def test_what_can_be_refused_is_refused_before_features_are_computed(copy, data, tmp_path, monkeypatch):
     def never(*args): raise AssertionError('features were computed first')
-    monkeypatch.setattr(multimodal.runs, 'make_loaders', never)
+    monkeypatch.setattr(multimodal.tasks, 'make_loaders', never)
     for run, config, resume, message in [(copy, replace(SMALL, lr=0.5), True, 'lr=0.002, not 0.5'),
                                          (tmp_path/'new', replace(SMALL, slow='decoderr'), False, 'decoderr')]:
         with pytest.raises(UserError, match=message): train_captions(data, run, config, resume, device='cpu', say=quiet)
