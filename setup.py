@@ -24,6 +24,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['multimodal', 'multimodal.*']),
+    package_data={'multimodal': ['painters/*/*.json*', 'painters/*/best/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},

@@ -199,7 +199,7 @@ def mm_search(
 @command
 def mm_draw(
     sentence: str,             # what the picture should show, such as 'a large red circle left of a small blue star'
-    run: str = 'runs/painter', # the run folder of a painter, trained with mm_train --task paint
+    run: str = None,           # the run folder of a painter; the one that comes with the package if not given
     n: int = 1,                # pictures of the sentence, on one sheet
     seed: int = 0,             # another seed, other pictures
     size: int = None,          # side of a picture in pixels; only what the painter was trained for
@@ -211,11 +211,11 @@ def mm_draw(
     json: bool = False,        # print one JSON value
 ):
     "A picture of a sentence"
-    from multimodal.painter import load_painter
-    if not Path(run).is_dir():
+    from multimodal.painter import load_painter, shipped_painter
+    if run and not Path(run).is_dir():
         raise UserError(f'{run}: no such run folder; train one with mm_train --task paint')
     with quiet():
-        painter = load_painter(Path(run), None, device)
+        painter = load_painter(Path(run) if run else shipped_painter(), None, device)
         draw_file(painter, sentence, out, n, scale, seed, size=size, guidance=guidance, steps=steps)
     if json: return print_json({'image': out, 'sentence': sentence, 'seed': seed, 'n': n})
     print(f'look at {out}')

@@ -17,8 +17,9 @@ from multimodal.checkpoint import (StopRequest, atomic_folder, check_free, descr
     load_optimizer, load_tensors, optimizer_tensors, read_history, recover_folder, save_tensors, save_weights,
     write_history)
 from .core import UserError, get_device, read_json, write_json
+from .muon import make_optimizer
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
-    param_groups, schedule, seed_step, start_epoch)
+    schedule, seed_step, start_epoch)
 
 # %% ../nbs/10_training.ipynb #dd6813ae
 @dataclass
@@ -55,8 +56,7 @@ class Trainer:
         self.model, self.precision = model.to(self.device), choose_precision(config.precision, self.device)
         self.ema = config.ema and Ema(model, config.ema)
         self.accelerator = make_accelerator(self.device, self.precision)
-        self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(param_groups(model, config), lr=config.lr, betas=(0.9, config.beta2)))
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, config))
 
 # %% ../nbs/10_training.ipynb #a013a582
 @patch

@@ -1,7 +1,8 @@
-"""What every test wants of its process, set before PyTorch is imported."""
+"""What every test wants of its process, set before PyTorch is imported; and notebooks begun while other tests run."""
 import os
 import signal
 
+import notebook_runner
 import pytest
 
 # One thread: a test forks processes, in which OpenMP's other threads would be missing and waited for without end; and two
@@ -20,3 +21,16 @@ def home(tmp_path_factory):
     yield folder
     if before is None: del os.environ['MULTIMODAL_HOME']
     else: os.environ['MULTIMODAL_HOME'] = before
+
+
+def pytest_collection_modifyitems(items):
+    "Notebooks last: they are run by a worker of their own while the other tests run, so that no core is idle."
+    items.sort(key=lambda item: item.path.name == 'test_notebooks.py')
+
+
+def pytest_collection_finish(session):
+    wanted = [i.callspec.params['notebook'] for i in session.items if i.path.name == 'test_notebooks.py' and hasattr(i, 'callspec')]
+    if not session.config.option.collectonly: notebook_runner.start(wanted)
+
+
+def pytest_sessionfinish(session): notebook_runner.stop()

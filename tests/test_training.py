@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from multimodal.checkpoint import atomic_folder, load_tensors, read_history, recover_folder, save_tensors
 from multimodal.core import UserError
+from multimodal.muon import Muon, make_optimizer, orthogonal
 from multimodal.optim import Ema, TrainConfig, add_sums, choose_precision, means, param_groups, schedule
 from multimodal.training import Interrupted, Trainer
 
@@ -57,6 +58,7 @@ def loader(workers=0):
 
 DEV = [(torch.linspace(0, 1, 24).view(8, 3), torch.arange(8) % 2)]
 CONFIG = TrainConfig(epochs=3, lr=0.01, ema=0.9, precision='fp32')        # 8 steps an epoch, 24 in all
+MUON = replace(CONFIG, optimizer='muon')
 
 
 def trainer(folder=None, config=CONFIG, loss=loss_fn, workers=0, **kw):
@@ -99,6 +101,34 @@ def test_resumed_is_bit_identical_wherever_it_was_stopped(tmp_path, straight, ca
         assert call == 27                                           # the very last validation: nothing is left to stop
     except Interrupted as e:
         assert 'To go on' in str(e) and stopped.state.step == call - call // 9
+    resumed = trainer(tmp_path/'run')
+    resumed.fit(resume=True)
+    assert_same(facts(resumed), straight)
+
+
+@pytest.fixture(scope='module')
+def straight_muon(straight):
+    t = trainer(config=MUON)
+    t.fit()
+    assert not torch.equal(t.model.body[1].weight, straight[1]['body.1.weight'])
+    return facts(t)
+
+
+@pytest.mark.parametrize('call', [1, 5, 9, 10, 26])
+def test_resumed_with_muon_is_bit_identical_too(tmp_path, straight_muon, call):
+    with pytest.raises(Interrupted): trainer(tmp_path/'run', MUON, CtrlC(call)).fit()
+    with pytest.raises(UserError, match='optimizer=.muon., not .adamw.'): trainer(tmp_path/'run').fit(resume=True)
+    resumed = trainer(tmp_path/'run', MUON)
+    resumed.fit(resume=True)
+    assert_same(facts(resumed), straight_muon)
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizer_resumes(tmp_path, straight):
+    with pytest.raises(Interrupted): trainer(tmp_path/'run', loss=CtrlC(5)).fit()
+    path = tmp_path/'run'/'last'/'state.json'
+    kept = json.loads(path.read_text())
+    del kept['config']['optimizer']
+    path.write_text(json.dumps(kept))
     resumed = trainer(tmp_path/'run')
     resumed.fit(resume=True)
     assert_same(facts(resumed), straight)
@@ -308,6 +338,95 @@ def test_slow_parts_move_less_and_frozen_parts_not_at_all():
     assert fast['frozen.weight'] == 0
 
 
+def groups(optimizer, model):
+    "What each group of an optimizer is made of, by name."
+    names = {p: k for k, p in model.named_parameters()}
+    return [(g.get('muon'), g['scale'], g['weight_decay'], *(names[p] for p in g['params'])) for g in optimizer.param_groups]
+
+
+def test_adamw_is_made_as_ever_and_muon_takes_matrices_only():
+    model, slow = Net(), dict(slow='body.1', slow_factor=0.5, weight_decay=0.1)
+    adamw = make_optimizer(model, replace(CONFIG, **slow))
+    assert type(adamw) is torch.optim.AdamW and adamw.defaults['betas'] == (0.9, CONFIG.beta2)
+    for a, b in zip(adamw.param_groups, param_groups(model, replace(CONFIG, **slow)), strict=True):
+        assert all(p is q for p, q in zip(a['params'], b['params'], strict=True))
+        assert (a['scale'], a['weight_decay'], a['lr']) == (b['scale'], b['weight_decay'], CONFIG.lr)
+    assert groups(make_optimizer(model, replace(MUON, **slow)), model) == [
+        (False, 1.0, 0.0, 'body.0.weight', 'body.0.bias'), (True, 0.5, 0.1, 'body.1.weight'),
+        (False, 0.5, 0.0, 'body.1.bias'), (False, 1.0, 0.1, 'embed.weight')]
+    model.by_adam = ('body',)
+    assert not any(muon for muon, *_ in groups(make_optimizer(model, MUON), model))
+
+
+def test_by_adam_finds_a_tied_weight_by_either_name():
+    model = nn.Module()
+    model.one, model.two, model.three = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    model.two.weight, model.by_adam = model.one.weight, ('two',)
+    assert groups(make_optimizer(model, replace(MUON, weight_decay=0)), model) == [
+        (True, 1.0, 0, 'three.weight'), (False, 1.0, 0, 'one.weight')]
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 32, 32), (3, 16, 64), (3, 64, 16), (2, 1, 9)])
+def test_orthogonal_is_nearly_what_a_decomposition_gives(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    near, (u, s, vt) = orthogonal(g), torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ near @ vt.mT                                     # diagonal, where the directions are kept
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+    strong = inner.diagonal(dim1=1, dim2=2)[s > 0.01 * g.flatten(1).norm(dim=1)[:, None]]
+    assert 0.65 < strong.min() and strong.max() < 1.25
+    torch.testing.assert_close(orthogonal(1000 * g), near, atol=1e-4, rtol=0)
+    assert orthogonal(torch.zeros(shape)).eq(0).all()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this PyTorch has no Muon')
+@pytest.mark.parametrize('shape', [(16, 16), (8, 24), (24, 8)])
+def test_muon_is_pytorchs_but_for_the_bits(monkeypatch, shape):
+    "PyTorch's own computes in bf16; made to keep 32 bits, it takes the same steps."
+    monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.clone)
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    one = Muon([{'params': ours, 'muon': True, 'weight_decay': 0.1}], lr=0.02)
+    two = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
+    for _ in range(5):
+        for p, q in zip(ours, theirs): p.grad = torch.randn(shape); q.grad = p.grad.clone()
+        one.step(); two.step()
+    for p, q in zip(ours, theirs): torch.testing.assert_close(p, q, atol=1e-4, rtol=0)
+
+
+def test_muon_takes_filters_flat_in_any_layout_and_leaves_alone_what_has_no_gradient():
+    def moved(flat, layout=torch.contiguous_format):
+        torch.manual_seed(0)
+        p, rest, idle = torch.randn(6, 3, 2, 2), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(6, 12))
+        p = nn.Parameter(p.flatten(1) if flat else p.contiguous(memory_format=layout))
+        optimizer = Muon([{'params': [p, idle], 'muon': True}, {'params': [rest]}], lr=0.1)
+        for _ in range(3):
+            grad = torch.randn(6, 3, 2, 2)
+            p.grad = grad.flatten(1) if flat else grad.contiguous(memory_format=layout)
+            rest.grad = torch.ones(3)
+            optimizer.step()
+        assert idle.eq(1).all() and not optimizer.state.get(idle) and rest.lt(0.8).all()
+        return p.detach().reshape(6, 12)
+    torch.testing.assert_close(moved(False), moved(True))
+    torch.testing.assert_close(moved(False, torch.channels_last), moved(True))
+
+
+def test_muon_calls_a_closure_once_and_steps_along_its_gradient():
+    model = nn.Linear(3, 3)
+    optimizer, calls = Muon([{'params': [model.weight], 'muon': True}, {'params': [model.bias]}], lr=0.1), []
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = model(torch.eye(3)).square().sum()
+        loss.backward()
+        return loss
+    first = optimizer.step(closure)
+    assert len(calls) == 1 and closure() < first
+    assert all(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert optimizer.state[model.weight].keys() == {'step', 'momentum'}         # AdamW has not stepped there too
+
+
 def test_loss_that_is_no_number_stops_before_the_weights_are_spoilt(tmp_path):
     calls = []
     def loss(model, batch):
@@ -324,7 +443,7 @@ def test_empty_loaders_and_impossible_settings():
     for loaders in (([], DEV), (DEV, [])):
         with pytest.raises(UserError, match='no items'): Trainer(Net(), loss_fn, *loaders, device='cpu', say=str).fit()
     for wrong in (dict(epochs=0), dict(lr=0), dict(lr=float('nan')), dict(warmup=1.0), dict(ema=1), dict(clip=-1),
-                  dict(precision='half'), dict(beta2=1.5)):
+                  dict(precision='half'), dict(beta2=1.5), dict(optimizer='sgd')):
         with pytest.raises(UserError, match=next(iter(wrong))): TrainConfig(**wrong)
     with pytest.raises(UserError, match='nothing to train'): param_groups(Net().requires_grad_(False), CONFIG)
     with pytest.raises(UserError, match='slow'): param_groups(Net(), replace(CONFIG, slow='bodyy'))
@@ -347,12 +466,13 @@ def test_bf16_on_the_processor_learns_the_same_and_leaves_no_trace():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a graphics card')
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
-def test_on_a_graphics_card_too(tmp_path, precision):
-    config = replace(CONFIG, precision=precision)
+def test_on_a_graphics_card_too(tmp_path, precision, optimizer):
+    config = replace(CONFIG, precision=precision, optimizer=optimizer)
     once = Trainer(Net(), loss_fn, loader(), DEV, config, device='cuda', say=str)
-    rows = once.fit()
-    assert rows[-1]['train_loss'] == pytest.approx(trainer().fit()[-1]['train_loss'], abs=0.2)
+    rows, on_cpu = once.fit(), trainer(config=replace(CONFIG, optimizer=optimizer)).fit()
+    assert rows[-1]['train_loss'] == pytest.approx(on_cpu[-1]['train_loss'], abs=0.2)
     stopped = Trainer(Net(), CtrlC(5), loader(), DEV, config, tmp_path/'run', device='cuda', say=str)
     with pytest.raises(Interrupted): stopped.fit()
     resumed = Trainer(Net(), loss_fn, loader(), DEV, config, tmp_path/'run', device='cuda', say=str)
