@@ -2,8 +2,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sysconfig
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import call
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -21,7 +20,6 @@ from multimodal.scenes import Scene, Thing, draw_scene
 from multimodal.shapes import parse_caption
 from multimodal.text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss
 
-SCRIPTS = Path(sysconfig.get_path('scripts'))
 TINY = ['embedding_dim=32', 'width=16', 'n_layers=1', 'text_layers=1', 'steps=4', 'batch_size=16', 'sketch_steps=5']
 RED, BLUE = 'a large red circle', 'a small blue star'
 WORDS = torch.tensor([[5, 6, 7, 2, 0, 0], [8, 2, 0, 0, 0, 0], [9, 10, 11, 5, 6, 2]])       # three sentences, padded with 0
@@ -58,11 +56,7 @@ def model():
     return net
 
 
-def draw(*args):
-    "mm_draw in a process of its own: exit status, what it printed, and what it complained of."
-    r = subprocess.run([SCRIPTS/'mm_draw', *map(str, args)], capture_output=True, text=True, timeout=120)
-    assert 'Traceback' not in r.stderr, r.stderr
-    return r.returncode, r.stdout, r.stderr
+def draw(*args): return call('mm_draw', *args)
 
 
 def mistake(capsys, func, *args, **kw):

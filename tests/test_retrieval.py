@@ -3,18 +3,16 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from hypothesis import given, settings, strategies as st
 
 from multimodal.retrieval import chance_recall, info_nce, ranks, recall, unit
 
-SCRIPTS = Path(sysconfig.get_path('scripts'))
 SMALL = ['image_size=32', 'stage=2', 'embedding_dim=32', 'n_layers=1']
 RED = 'a large red circle'
 
@@ -41,11 +39,7 @@ def album(run, home, tmp_path):
     return folder
 
 
-def search(*args):
-    "mm_search in a process of its own: exit status, what it printed, and what it complained of."
-    r = subprocess.run([SCRIPTS/'mm_search', *map(str, args)], capture_output=True, text=True, timeout=120)
-    assert 'Traceback' not in r.stderr, r.stderr
-    return r.returncode, r.stdout, r.stderr
+def search(*args): return call('mm_search', *args)
 
 
 def index_of(home, album): return list((home/'search').glob(f'{album.name}-*.safetensors'))
