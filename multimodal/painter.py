@@ -39,16 +39,17 @@ from .text import tokenize
 class PaintConfig(DataConfig):
     "All of a painting run in plain values."
     image_size: int = 32        # pixels
-    embedding_dim: int = 96     # D
+    embedding_dim: int = 64     # D
     fold: int = 2               # side of the squares of pixels that are folded into channels
-    width: int = 48             # channels of the convolutions
-    n_layers: int = 4           # blocks of places
+    width: int = 32             # channels of the convolutions
+    n_layers: int = 3           # blocks of places
+    mend_layers: int = 3        # blocks of convolutions
     text_layers: int = 2        # blocks that read
     n_heads: int = 4
     blank: float = 0.1          # share of captions that are blanked in training
     sketch_steps: int = 600     # of learning what sentences mean, before painting
     guidance: float = 2.0       # how much a sentence counts when drawing: 1 as learned
-    steps: int = 16             # of drawing
+    steps: int = 24             # of drawing
     fresh: float = 1.0          # share of the noise that is new after each of them
 
     def __post_init__(self):
@@ -133,8 +134,8 @@ load_painter = partial(open_run, PAINTING)     # (run folder, None, device) → 
 
 # %% ../nbs/22a_painter.ipynb #6199a1c2
 PAINT_SHAPES = PaintConfig(data='shapes', min_count=1, max_words=30, captions_per_image=1, batch_size=64, groups=1,
-                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, epochs=19,
-                           max_seconds=840.0)
+                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, epochs=9,
+                           max_seconds=820.0)
 
 PAINT = PaintConfig(image_size=64, fold=4, embedding_dim=256, n_layers=6, n_heads=8, width=128, min_count=3,
                     captions_per_image=1, batch_size=64, groups=1, optimizer='muon', lr=4e-3, warmup=0.01, clip=0.0,

@@ -51,10 +51,7 @@ class Words(NamedTuple):
 # %% ../nbs/22_text2image.ipynb #7a55047c
 class TunedBlock(nn.Module):
     "Two convolutions and a way round them, tuned by a vector"
-    def __init__(self,
-        width: int,  # W, channels, a multiple of 8
-        dim: int,    # D, length of the vector
-    ):
+    def __init__(self, width: int, dim: int):  # W, channels, a multiple of 8; D, length of the vector
         super().__init__()
         self.norm, self.first = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
         self.tune = nn.Linear(dim, 2*width)
@@ -88,8 +85,7 @@ class PlaceBlock(nn.Module):
 
 def as_grid(rows: torch.Tensor) -> torch.Tensor:  # [B, P, C] → [B, C, √P, √P]
     "Rows of places as a square grid"
-    side = int(rows.shape[1]**.5)
-    return rows.transpose(1, 2).unflatten(2, (side, side))
+    return rows.transpose(1, 2).unflatten(2, (int(rows.shape[1]**.5),)*2)
 
 # %% ../nbs/22_text2image.ipynb #e99c8f43
 @dataclass(frozen=True)
@@ -98,9 +94,10 @@ class PainterConfig:
     vocab_size: int             # V, words and reserved ids
     image_size: int = 32        # side of a picture in pixels
     fold: int = 2               # f, side of the squares of pixels that are folded into channels
-    width: int = 48             # W, channels of the convolutions
-    embedding_dim: int = 96     # D, length of all vectors
-    n_layers: int = 4           # blocks of places
+    width: int = 32             # W, channels of the convolutions
+    embedding_dim: int = 64     # D, length of all vectors
+    n_layers: int = 3           # blocks of places
+    mend_layers: int = 3        # blocks of convolutions
     text_layers: int = 2        # blocks that read
     n_heads: int = 4            # h, a divisor of D
     max_len: int = 32           # positions; a caption with its EOS must not be longer
@@ -123,12 +120,12 @@ class Painter(nn.Module):
         self.reader = nn.ModuleList(LookBlock(D, c.n_heads) for _ in range(c.text_layers))
         self.norm_words, self.gist = nn.LayerNorm(D), nn.Linear(D, D)
         self.places = nn.Parameter(torch.empty((c.image_size//c.fold//2)**2, D))             # [P, D]
-        self.plan = LookBlock(D, c.n_heads, ff_mult=2)
+        self.plan, self.enter = LookBlock(D, c.n_heads, ff_mult=2), nn.Linear(4*colours, D)
         self.hour = nn.Sequential(nn.Linear(64, D), nn.SiLU(), nn.Linear(D, D))
-        self.enter = nn.Linear(4*colours, D)
         self.look = nn.ModuleList(PlaceBlock(D, c.n_heads) for _ in range(c.n_layers))
         self.norm_coarse, self.tell, self.grow = nn.LayerNorm(D), nn.Linear(D, 4*colours), nn.Linear(D, 4*W)
-        self.join, self.mend = nn.Conv2d(W + 2*colours, W, 3, padding=1), TunedBlock(W, D)
+        self.join = nn.Conv2d(W + 2*colours, W, 3, padding=1)
+        self.mend = nn.ModuleList(TunedBlock(W, D) for _ in range(c.mend_layers))
         self.norm, self.leave = nn.GroupNorm(8, W), nn.Conv2d(W, colours, 3, padding=1)
         self.reset()
 
@@ -141,8 +138,7 @@ def reset(self: Painter):
         elif p.dim() > 1: nn.init.normal_(p, std=(3*p[0].numel())**-.5)
     for p, std in zip((*self.text.parameters(), self.places), (.5, .3, .5)): nn.init.normal_(p, std=std)
     ends = [end for b in self.look for end in (b.attend_self.out, b.attend_words.out, b.narrow, b.tune)]
-    ends += self.enter, self.tell, self.leave, self.mend.tune
-    for end in ends: nn.init.zeros_(end.weight)
+    for end in (*ends, self.enter, self.tell, self.leave, *(b.tune for b in self.mend)): nn.init.zeros_(end.weight)
 
 # %% ../nbs/22_text2image.ipynb #8bc40b2d
 @patch
@@ -175,7 +171,8 @@ def forward(self: Painter,
     y = words.plan + self.enter(F.pixel_unshuffle(pixels, 2).flatten(2).transpose(1, 2))       # [B, P, D]
     for block in self.look: y = block(y, words, hour)
     coarse, grown = self.sketch(y), F.pixel_shuffle(as_grid(self.grow(self.norm_coarse(y))), 2)
-    z = self.mend(self.join(torch.cat([pixels, coarse, grown], 1)), hour)            # [B, W, H/f, W/f]
+    z = self.join(torch.cat([pixels, coarse, grown], 1))                             # [B, W, H/f, W/f]
+    for block in self.mend: z = block(z, hour)
     guesses = coarse + self.leave(F.silu(self.norm(z))), coarse, self.sketch(words.plan)
     guesses = [F.pixel_shuffle(g, fold) for g in guesses]                            # [B, 3, H, W] each
     return guesses if parts else guesses[0]
@@ -209,10 +206,11 @@ def picture_loss(
     "How well pictures are guessed from their captions and from themselves in noise"
     chance = dict(device=pictures.device, generator=generator)
     u, noise = torch.rand(len(pictures), **chance), torch.randn(pictures.shape, **chance)
-    t = ((torch.arange(len(u), device=u.device) + u)/len(u))**1.5
+    t = ((torch.rand(len(u), **chance).argsort() + u)/len(u))**1.5                           # one of each part, shuffled
     guesses = model(between(noise, pictures, t), t, model.read(tokens), parts=True)
     guess, coarse, sketch = ((g - pictures).square().flatten(1).mean(1) for g in guesses)    # [B] each
-    return (guess + coarse/2) / (1 - t).clamp(min=.1) + sketch/2, guess
+    clear = (t/(1 - t)).square()                                                             # signal to noise
+    return guess*(.4 + clear.clamp(max=5)) + coarse/2*(.4 + clear.clamp(max=1)) + sketch/10, guess
 
 # %% ../nbs/22_text2image.ipynb #695e62cd
 @torch.no_grad()
@@ -220,7 +218,7 @@ def paint(
     model: Painter,
     tokens: torch.Tensor,    # ids of the sentences [B, T], … EOS, padded with 0
     guidance: float = 2.,    # w: 1 as learned, 0 without the sentence
-    steps: int = 16,
+    steps: int = 24,
     seed: int = 0,           # another seed, other pictures
     fresh: float = 1.,       # how much of the noise is new after each step, 0 to 1; 0: a walk along the arrows
     first: int = 0,          # number of the first picture: each has noise of its own
@@ -230,7 +228,7 @@ def paint(
     own_seed = lambda i: random.Random(f'{seed}/{first + i}').getrandbits(32)
     chance = [torch.Generator().manual_seed(own_seed(i)) for i in range(len(tokens))]
     noise = lambda: torch.stack([torch.randn(3, side, side, generator=g) for g in chance]).to(device)
-    both, x, times = guidance != 1, noise(), (torch.arange(steps + 1)/steps)**1.5
+    both, x, times = guidance != 1, noise(), (torch.arange(steps + 1)/steps)**2
     words = model.read(torch.cat([tokens, blank_out(tokens)] if both else [tokens]).to(device))
     for now, then in zip(times, times[1:]):
         twice = torch.cat([x, x]) if both else x
