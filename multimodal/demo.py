@@ -37,7 +37,7 @@ SHAPES = RunConfig(data='shapes', weights='none', trainable='all', stage=2, imag
                    n_layers=2, min_count=1, max_words=30, dropout=0.0, batch_size=16, captions_per_image=3, lr=1e-3,
                    warmup=0.1, epochs=12)
 
-DEMO = replace(SHAPES, epochs=4, max_seconds=160.0)
+DEMO = replace(SHAPES, optimizer='muon', lr=2e-3, epochs=2, max_seconds=150.0)
 DEMO_SCENES = 12000
 
 # %% ../nbs/39b_demo.ipynb #1d389baf
@@ -144,9 +144,10 @@ def save_pictures(
     "Sheets of pictures and what was said of them, as PNG files"
     import matplotlib.pyplot as plt
     sheets = {name: shots(rows['test'], name == 'right', 8) for name in ('right', 'wrong')}
-    for name, some in (sheets | {e.title.lower(): e.shots for e in exhibits}).items():
+    for name, some in (sheets | {e.title.lower().replace(' ', '_'): e.shots for e in exhibits}).items():
         images = [s.image if isinstance(s.image, Image.Image) else load_image(s.image) for s in some]
-        if some: plt.close(show_images(images, [s.caption for s in some], path=folder/f'{name}.png'))
+        titles = [f'{s.caption} ({s.note})' if s.note else s.caption for s in some]
+        if some: plt.close(show_images(images, titles, path=folder/f'{name}.png'))
 
 # %% ../nbs/39b_demo.ipynb #6c60414f
 def train_anew(

@@ -206,7 +206,7 @@ def picture_loss(
     "How well pictures are guessed from their captions and from themselves in noise"
     chance = dict(device=pictures.device, generator=generator)
     u, noise = torch.rand(len(pictures), **chance), torch.randn(pictures.shape, **chance)
-    t = ((torch.rand(len(u), **chance).argsort() + u)/len(u))**1.5                           # one of each part, shuffled
+    t = ((torch.rand(len(u), **chance).argsort() + u)/len(u))**1.5                          # one of each part, shuffled
     guesses = model(between(noise, pictures, t), t, model.read(tokens), parts=True)
     guess, coarse, sketch = ((g - pictures).square().flatten(1).mean(1) for g in guesses)    # [B] each
     clear = (t/(1 - t)).square()                                                             # signal to noise
