@@ -24,7 +24,7 @@ from .tasks import say_skipped
 PARTS = ('size', 'colour', 'shape')
 
 def compare_scenes(
-    seen: Scene | None,  # as `read_scene` gives it
+    seen: Scene | None,  # as `read_scene` gives it, with or without `askew`
     wanted: Scene,
 ) -> dict:               # 'right', 'readable' and 'relation' (None for one thing): bool; each of `PARTS`: a share
     "What of a scene came out"
@@ -43,7 +43,8 @@ def judge_drawings(
     scenes: Sequence,        # what each should show
 ) -> dict:                   # name → mean over the pictures, 0 to 1
     "Drawings judged by rule, one by one, and their means"
-    rows = [compare_scenes(read_scene(p.numpy().astype(float)), s) for p, s in zip(pictures, scenes)]
+    seen = (read_scene(p.numpy().astype(float), askew=True) for p in pictures)
+    rows = [compare_scenes(*pair) for pair in zip(seen, scenes)]
     known = {k: [float(r[k]) for r in rows if r[k] is not None] for k in rows[0]}
     return {k: sum(v)/len(v) for k, v in known.items() if v}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAINTING', 'train_painter', 'load_painter', 'PAINT_SHAPES', 'PAINT', 'GRAMMAR', 'PaintConfig', 'as_ink',
-           'with_captions', 'paint_loss', 'learn_to_sketch', 'PaintRun', 'build_painter', 'loss_of', 'ship',
+           'with_captions', 'PaintLoss', 'learn_to_sketch', 'PaintRun', 'build_painter', 'loss_of', 'ship',
            'shipped_painter', 'check_scene_sentence']
 
 # %% ../nbs/22a_painter.ipynb #81ea0ec1
@@ -12,11 +12,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from fastcore.basics import patch
 import multimodal
@@ -31,8 +30,9 @@ from .saving import load_model, save_model
 from .scenes import COLOURS, INVERSE, SAY, SHAPES, Scene
 from .shapes import NOUN_PHRASE, parse_caption
 from .tasks import Task, TrainedRun, open_run, train_run, write_recipe
-from .text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss
+from .text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss, times_and_noise
 from .text import tokenize
+from .threads import at_once, learn_at_once, use_cores
 
 # %% ../nbs/22a_painter.ipynb #f2ecb66d
 @dataclass(frozen=True)
@@ -75,23 +75,32 @@ def as_ink(
 def with_captions(batch: Batch) -> tuple:  # pictures -1 to 1 [B, 3, H, W], ids of captions [B, T], whose they are [B]
     "Each caption of a batch beside its picture"
     longest, owners = max(t.shape[1] for t in batch.tokens), torch.cat(batch.owners)
-    tokens = torch.cat([F.pad(t[:, 1:], (0, longest - t.shape[1])) for t in batch.tokens])       # [B, T], without BOS
-    return as_ink(batch.images)[owners], tokens, owners
+    filled = (torch.nn.functional.pad(t[:, 1:], (0, longest - t.shape[1])) for t in batch.tokens)      # without BOS
+    return as_ink(batch.images)[owners], torch.cat(list(filled)), owners
 
-def paint_loss(
-    model: Painter,
-    batch: Batch,         # pixels, groups of captions, and whose they are
-    blank: float = 0.1,   # share of sentences that are blanked; in training only
-) -> tuple:               # (sum to minimise, number of captions, {'loss': …, 'error': …})
-    "`picture_loss` of a batch"
-    (pictures, tokens, owners), generator = with_captions(batch), None
-    if model.training: tokens = blank_out(tokens, blank)
-    else:
+# %% ../nbs/22a_painter.ipynb #7c41d0a2
+@dataclass(frozen=True)
+class PaintLoss:
+    "`picture_loss` of batches: (sum to minimise, number of captions, {'loss': …, 'error': …})"
+    blank: float = 0.1   # share of sentences that are blanked; in training only
+
+    def parts(self, batch: Batch, n: int = 2) -> list:
+        "Pictures, captions, times and noise, dealt out in turn to `n` parts"
+        pictures, tokens, _ = with_captions(batch)
+        whole = pictures, blank_out(tokens, self.blank), *times_and_noise(pictures)
+        return [tuple(each[k::n] for each in whole) for k in range(min(n, len(pictures)))]
+
+    def unchanging(self, batch: Batch) -> tuple:
+        "The same for validation: one caption of each picture, and always the same times and noise"
+        pictures, tokens, owners = with_captions(batch)
         first = torch.stack([(owners == i).nonzero()[0, 0] for i in range(len(batch.images))])
-        pictures, tokens = pictures[first], tokens[first]
-        generator = torch.Generator(pictures.device).manual_seed(len(pictures))
-    loss, error = (each.sum() for each in picture_loss(model, pictures, tokens, generator))
-    return loss, len(pictures), {'loss': loss.detach(), 'error': error.detach()}
+        generator = torch.Generator(pictures.device).manual_seed(len(first))
+        return pictures[first], tokens[first], *times_and_noise(pictures[first], generator)
+
+    def __call__(self, model: Painter, batch) -> tuple:  # batch: `Batch`, or one of its parts
+        if isinstance(batch, Batch): batch = self.parts(batch, 1)[0] if model.training else self.unchanging(batch)
+        loss, error = (each.sum() for each in picture_loss(model, *batch))
+        return loss, len(batch[0]), {'loss': loss.detach(), 'error': error.detach()}
 
 # %% ../nbs/22a_painter.ipynb #4fa9b4c1
 def learn_to_sketch(
@@ -101,20 +110,21 @@ def learn_to_sketch(
     say=print,               # called with one line
 ):
     "What sentences mean, before there is any noise"
-    device, optimizer, losses = next(model.parameters()).device, make_optimizer(model, config), []
-    for epoch in range(-(-config.sketch_steps//len(loader))):
-        start_epoch(loader, config.seed, epoch)
-        for batch in islice(loader, config.sketch_steps - len(losses)):
-            done = (len(losses) + 1)/config.sketch_steps
-            for group in optimizer.param_groups: group['lr'] = config.lr*group['scale']*schedule(done*.9, .03)
-            pictures, tokens, _ = with_captions(send_to_device(batch, device))
-            loss = sketch_loss(model, pictures, blank_out(tokens, config.blank)).mean()
-            loss.backward()
+    def batches():
+        for epoch in count():
+            start_epoch(loader, config.seed, epoch)
+            yield from loader
+    device, weights, cut = next(model.parameters()).device, list(model.parameters()), PaintLoss(config.blank).parts
+    optimizer, losses, n = make_optimizer(model, config), [], config.sketch_steps
+    one = lambda part: (sketch_loss(model, *part[:2]).sum(), len(part[0]), {})
+    with use_cores(1) as cores:
+        for k, batch in enumerate(islice(batches(), n)):
+            for group in optimizer.param_groups: group['lr'] = config.lr*group['scale']*schedule(.9*(k + 1)/n, .03)
+            total, size, _ = learn_at_once(one, cut(send_to_device(batch, device)), weights, cores)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-    mean = lambda some: sum(some)/len(some)
-    if losses: say(f'{len(losses)} steps of sketching: error {mean(losses[:5]):.3f} → {mean(losses[-50:]):.3f}')
+            losses.append(total.item()/size)
+    if n: say(f'{n} steps of sketching: error {np.mean(losses[:5]):.3f} → {np.mean(losses[-50:]):.3f}')
 
 # %% ../nbs/22a_painter.ipynb #63725032
 @dataclass
@@ -125,7 +135,7 @@ def build_painter(config: PaintConfig, n_words: int) -> Painter: return Painter(
 
 def loss_of(config: PaintConfig):
     "The loss function that these settings ask for."
-    return partial(paint_loss, blank=config.blank)
+    return PaintLoss(config.blank)
 
 PAINTING = Task('paint', PaintConfig, build_painter, loss_of, partial(load_model, Painter, PainterConfig), PaintRun,
                 learn_to_sketch)
@@ -134,7 +144,7 @@ load_painter = partial(open_run, PAINTING)     # (run folder, None, device) → 
 
 # %% ../nbs/22a_painter.ipynb #6199a1c2
 PAINT_SHAPES = PaintConfig(data='shapes', min_count=1, max_words=30, captions_per_image=1, batch_size=64, groups=1,
-                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, epochs=9,
+                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, sketch_steps=1000, epochs=12,
                            max_seconds=820.0)
 
 PAINT = PaintConfig(image_size=64, fold=4, embedding_dim=256, n_layers=6, n_heads=8, width=128, min_count=3,
@@ -155,9 +165,9 @@ def draw(self: PaintRun,
     wishes = {k: v for k, v in (('guidance', guidance), ('steps', steps), ('fresh', fresh)) if v is not None}
     config = replace(self.config, **wishes)                                           # checks them
     ids = [np.array(self.vocab.encode(s, config.max_words)[1:]) for s in sentences]
-    parts = [(i, pad(ids[i:i + batch_size])) for i in range(0, len(ids), batch_size)]
+    parts = [(pad(ids[i:i + batch_size]), i) for i in range(0, len(ids), batch_size)]
     how = config.guidance, config.steps, seed, config.fresh
-    return torch.cat([paint(self.model, part, *how, i) for i, part in parts])
+    return torch.cat(at_once(lambda part: paint(self.model, part[0], *how, part[1]), parts))
 
 # %% ../nbs/22a_painter.ipynb #9a6873be
 def ship(

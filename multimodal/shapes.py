@@ -132,6 +132,7 @@ def relate(dx: float, dy: float) -> str|None:
 def read_scene(
     image, # PIL image, array [H, W, 3] (0-255, or floats 0-1), or tensor [3, H, W] (0-1), square
     tolerance: float = .3, # greatest mismatch of a shape, as a share of its area
+    askew: bool = False, # give two things that lie askew, too, with None for their relation
 ) -> Scene|None: # canonical scene, or None where no valid scene is seen
     "Recover the scene from the pixels by rules, without anything learned"
     pixels, found = as_pixels(image), []
@@ -146,7 +147,7 @@ def read_scene(
     if len(found) < 2: return Scene((found[0][0],)) if found else None
     (a, x, y), (b, x2, y2) = found
     relation = relate(x2 - x, y2 - y)
-    return canonical(Scene((a, b), relation)) if relation else None
+    return canonical(Scene((a, b), relation)) if relation or askew else None
 
 # %% ../nbs/01b_shapes.ipynb #a80a6274
 def write_split(folder: Path, split: str, numbers: range, settings: dict, seen: set):

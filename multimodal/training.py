@@ -8,6 +8,7 @@ __all__ = ['TrainState', 'Trainer', 'kept_state', 'Interrupted']
 # %% ../nbs/10_training.ipynb #7e5908b0
 import math, time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 import torch
 from accelerate.utils import send_to_device
@@ -20,6 +21,7 @@ from .core import UserError, get_device, read_json, write_json
 from .muon import make_optimizer
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
     schedule, seed_step, start_epoch)
+from .threads import learn_at_once, use_cores
 
 # %% ../nbs/10_training.ipynb #dd6813ae
 @dataclass
@@ -53,6 +55,7 @@ class Trainer:
         self.folder, self.save_fn, self.say, self.resume_hint = folder and Path(folder), save_fn, say, resume_hint
         self.state, self.history, self.started = TrainState(), [], time.monotonic()
         self.device, self.n_steps = get_device(device), config.epochs * len(train_loader)
+        self.cuts, self.cores = hasattr(loss_fn, 'parts') and self.device.type == 'cpu', torch.get_num_threads()
         self.model, self.precision = model.to(self.device), choose_precision(config.precision, self.device)
         self.ema = config.ema and Ema(model, config.ema)
         self.accelerator = make_accelerator(self.device, self.precision)
@@ -69,6 +72,17 @@ def progress(self: Trainer) -> float:
     "Share of the run behind us: of the steps, or of the time budget where that is more."
     return max((self.state.step + 1) / (self.n_steps + 1), self.elapsed() / (self.config.max_seconds or math.inf))
 
+# %% ../nbs/10_training.ipynb #5a3c91e0
+@patch
+def gradients(self: Trainer, batch) -> tuple:  # sum of losses, number of items, {name: sum}
+    "Gradients of the mean loss of a batch; on a processor from its parts, where the loss function can cut it."
+    if self.cuts:
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        return learn_at_once(partial(self.loss_fn, self.model), self.loss_fn.parts(batch), weights, self.cores)
+    with self.accelerator.autocast(): total, n, shown = self.loss_fn(self.model, batch)
+    self.accelerator.backward(total / n)
+    return total, n, shown
+
 # %% ../nbs/10_training.ipynb #8ea8c040
 @patch
 def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
@@ -76,18 +90,17 @@ def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     self.state.lr = self.config.lr * schedule(self.progress(), self.config.warmup)
     for group in self.optimizer.param_groups: group['lr'] = self.state.lr * group['scale']
     self.model.train()
-    with self.accelerator.autocast(): total, n, shown = self.loss_fn(self.model, batch)
-    loss = total / n
-    if not math.isfinite(loss.item()):
-        raise UserError(f'the loss became {loss.item()} at step {self.state.step + 1}: lower lr or raise warmup')
-    self.accelerator.backward(loss)
+    total, n, shown = self.gradients(batch)
+    loss = float(total / n)
+    if not math.isfinite(loss):
+        raise UserError(f'the loss became {loss} at step {self.state.step + 1}: lower lr or raise warmup')
     norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))
     self.optimizer.step()
     self.optimizer.zero_grad()
     if self.ema: self.ema.update(self.state.step)
     add_sums(self.state.sums, total, n, {**shown, 'grad_norm': norm * n if math.isfinite(norm) else 0.0})
     self.state.step += 1
-    return loss.item()
+    return loss
 
 # %% ../nbs/10_training.ipynb #8792b159
 @patch
@@ -202,12 +215,13 @@ def fit(self: Trainer,
 @patch
 def fit_epoch(self: Trainer, stop, bar):
     "The rest of an epoch, its evaluation and its saving."
-    for batch in self.batches():
-        if stop and stop.asked: self.interrupt()
-        bar.set_postfix(loss=f'{self.train_step(batch):.3f}', refresh=False)
-        bar.update()
-        if self.config.save_every and self.state.step % self.config.save_every == 0: self.save()
-        if self.progress() >= 1: break
+    with use_cores(1 if self.cuts else self.cores):
+        for batch in self.batches():
+            if stop and stop.asked: self.interrupt()
+            bar.set_postfix(loss=f'{self.train_step(batch):.3f}', refresh=False)
+            bar.update()
+            if self.config.save_every and self.state.step % self.config.save_every == 0: self.save()
+            if self.progress() >= 1: break
     dev = self.evaluate(stop)
     if dev is None: self.interrupt()
     self.close_epoch(dev)

@@ -18,7 +18,7 @@ from multimodal.judges import compare_scenes, judge_drawings, r_precision
 from multimodal.painter import shipped_painter
 from multimodal.scenes import Scene, Thing, draw_scene
 from multimodal.shapes import parse_caption
-from multimodal.text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss
+from multimodal.text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss, times_and_noise
 
 TINY = ['embedding_dim=32', 'width=16', 'n_layers=1', 'text_layers=1', 'steps=4', 'batch_size=16', 'sketch_steps=5']
 RED, BLUE = 'a large red circle', 'a small blue star'
@@ -79,15 +79,18 @@ def test_the_loss_weighs_three_guesses_by_their_time(model):
     "(guess - x1)² is (1-t)² (v - (x1-x0))², with the times and the noise that the same generator gives."
     pictures, chance = torch.rand(3, 3, 12, 12)*2 - 1, lambda: torch.Generator().manual_seed(3)
     again = chance()
-    u, noise = torch.rand(3, generator=again), torch.randn(3, 3, 12, 12, generator=again)
-    t = ((torch.rand(3, generator=again).argsort() + u)/3)**1.5
+    u, order = torch.rand(3, generator=again), torch.rand(3, generator=again).argsort()
+    t, noise = ((order + u)/3)**1.5, torch.randn(3, 3, 12, 12, generator=again)
+    for mine, drawn in zip((t, noise), times_and_noise(pictures, chance())): assert torch.equal(mine, drawn)
     assert t.max() < .98                                                             # or the division below would be inexact
     words, mean = model.read(WORDS), lambda x: (x - pictures).square().flatten(1).mean(1)
     x = torch.stack([(1 - b)*n + b*p for b, n, p in zip(t, noise, pictures)])
     with torch.no_grad():
-        plain = flow_loss(lambda x, t: (model(x, t, words) - x)/(1 - t)[:, None, None, None], pictures, t, noise)
-        loss, error = picture_loss(model, pictures, WORDS, chance())
-        guess, coarse, sketch = map(mean, model(x, t, words, parts=True))
+        before = [model(x[k:k + 1], t[k:k + 1], model.read(WORDS[k:k + 1]))[0] if k % 2 == 0 else 0*x[k] for k in range(3)]
+        before = torch.stack(before)                                       # every other one has been looked at before
+        plain = flow_loss(lambda x, t: (model(x, t, words, before) - x)/(1 - t)[:, None, None, None], pictures, t, noise)
+        loss, error = picture_loss(model, pictures, WORDS, t, noise)
+        guess, coarse, sketch = map(mean, model(x, t, words, before, parts=True))
         assert torch.allclose(sketch, sketch_loss(model, pictures, WORDS), rtol=1e-3)
     assert error.shape == (3,) and torch.allclose(error, (1 - t)**2*plain, rtol=1e-3) and torch.allclose(error, guess, rtol=1e-3)
     ratio = [min(a**2/(1 - a)**2, 5) for a in t.tolist()]                                       # signal to noise, as min-SNR has it
@@ -106,10 +109,11 @@ def test_guidance_goes_on_from_no_sentence_through_the_sentence(model, w):
     with torch.no_grad():
         for b in range(3):
             p, said, nothing = torch.randn(3, 12, 12, generator=chance_of(7, b))[None], model.read(WORDS[b:b + 1]), model.read(torch.tensor([[2]]))
+            last = None                                                          # both questions come with the guided guess
             for now, then in zip(times, times[1:]):
                 t = torch.tensor([now])
-                to, idle = ((model(p, t, words) - p)/(1 - t) for words in (said, nothing))
-                p = p + (then - now)*(idle + w*(to - idle))
+                to, idle = ((model(p, t, words, last) - p)/(1 - t) for words in (said, nothing))
+                last, p = p + (1 - t)*(idle + w*(to - idle)), p + (then - now)*(idle + w*(to - idle))
             assert torch.allclose(drawn[b], (p[0]/2 + .5).clamp(0, 1), atol=1e-3)
     if w == 0: assert torch.allclose(drawn, paint(model, blank_out(WORDS), guidance=1., steps=5, seed=7, fresh=0.), atol=1e-4)
 
@@ -117,10 +121,10 @@ def test_guidance_goes_on_from_no_sentence_through_the_sentence(model, w):
 def test_new_noise_is_new_in_each_step_and_forgets_the_old(model):
     "With all of it new, the picture after a step is its guess in new noise; the last guess is what is drawn."
     g, words = chance_of(3, 4), model.read(WORDS[:1])
-    x = torch.randn(3, 12, 12, generator=g)[None]
+    x, guess = torch.randn(3, 12, 12, generator=g)[None], torch.zeros(1, 3, 12, 12)
     with torch.no_grad():
         for now, then in ((0., .5**2), (.5**2, 1.)):
-            guess = model(x, torch.tensor([now]), words)
+            guess = model(x, torch.tensor([now]), words, guess)
             x = then*guess + (1 - then)*torch.randn(3, 12, 12, generator=g)[None]
     assert torch.allclose(paint(model, WORDS[:1], guidance=1., steps=2, seed=3, fresh=1., first=4)[0], (guess[0]/2 + .5).clamp(0, 1), atol=1e-4)
     half = paint(model, WORDS[:1], guidance=1., steps=2, seed=3, fresh=.5, first=4)
@@ -134,17 +138,37 @@ def test_at_first_the_painter_guesses_its_sketch_and_nothing_else():
     assert torch.equal(guess, coarse) and torch.equal(coarse, sketch) and sketch.std() > 0
 
 
-def test_each_picture_of_a_batch_meets_all_times_whatever_its_place(model, monkeypatch):
+def test_each_picture_of_a_batch_meets_all_times_whatever_its_place():
     "Batches come sorted by the length of their captions: times must not."
-    import multimodal.text2image as module
-    seen, between = [], module.between
-    monkeypatch.setattr(module, 'between', lambda noise, pictures, t: seen.append(t) or between(noise, pictures, t))
     torch.manual_seed(0)
-    for _ in range(120): picture_loss(model, torch.rand(6, 3, 12, 12), WORDS.repeat(2, 1))
-    times = torch.stack(seen)                                                                    # [120, 6]
+    times = torch.stack([times_and_noise(torch.rand(6, 3, 12, 12))[0] for _ in range(120)])      # [120, 6]
     parts = (times**(1/1.5)*6).floor().clamp(0, 5).long()
     assert (parts.sort(1).values == torch.arange(6)).all()                       # one of each part of the way in each batch
     for place in range(6): assert (parts[:, place].bincount(minlength=6) > 5).all()            # 20 expected of each
+
+
+def test_the_parts_of_a_batch_are_the_batch():
+    "Dealt out in turn: every picture once, with its own caption, and both parts with short and long ones."
+    from multimodal.dataloaders import Batch
+    from multimodal.painter import PaintLoss, with_captions
+    torch.manual_seed(0)
+    images, ids = torch.rand(7, 3, 12, 12), torch.arange(4, 11)
+    batch = Batch(images, [torch.stack([torch.ones(7).long(), ids, 2*torch.ones(7).long()], 1)], [torch.arange(7).flip(0)])
+    parts = PaintLoss(blank=0.).parts(batch)
+    assert [len(p[0]) for p in parts] == [4, 3]
+    for pictures, tokens, t, noise in parts:
+        assert torch.equal(pictures, with_captions(batch)[0][tokens[:, 0] - 4]) and t.shape == (len(pictures),)
+        assert noise.shape == pictures.shape
+    assert sorted(sum((p[1][:, 0].tolist() for p in parts), [])) == ids.tolist()
+    blanked = torch.cat([p[1][:, 0] for p in PaintLoss(blank=.999).parts(batch)])
+    assert (blanked == 2).all()
+
+
+def test_the_last_guess_counts_and_an_empty_one_is_none(model):
+    x, t, words = torch.randn(3, 3, 12, 12), torch.rand(3), model.read(WORDS)
+    with torch.no_grad():
+        none, guess = model(x, t, words), model(x, t, words, x)
+        assert torch.equal(none, model(x, t, words, torch.zeros_like(x))) and not torch.allclose(none, guess, atol=1e-3)
 
 
 def test_padding_of_a_sentence_changes_nothing(model):
