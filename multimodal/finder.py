@@ -92,7 +92,7 @@ def check_words(
     vocab: Vocab,   # the words that were learned
     most: int,      # words that are read
     what: str,      # that the sentence should say
-    say=aside,      # called with a line for each thing that is left out
+    say=aside,      # called with a line for each thing that it will not understand
 ):
     "Raises `UserError` for a sentence of no words, or of none that was learned."
     words = tokenize(sentence)
@@ -103,12 +103,12 @@ def check_words(
         known = vocab.words[UNK + 1:]
         raise UserError(f'none of these words was in the captions it learned from: {named}; '
                         f'it knows {len(known):,}, such as {", ".join(known[:40:5])}')
-    if unknown: say(f'not among the words it learned, and left out: {named}')
+    if unknown: say(f'not among the words it learned, so they say nothing to it: {named}')
     if len(words) > most: say(f'only the first {most} of {len(words):,} words are read')
 
 @patch
 def check_sentence(self: Finder, sentence: str, say=aside):
-    "Raises `UserError` for a sentence that means nothing here; `say` is called for what is left out."
+    "Raises `UserError` for a sentence that means nothing here; `say` is called for what it will not understand."
     check_words(sentence, self.vocab, self.config.max_words, 'the photo should show', say)
 
 # %% ../nbs/20a_finder.ipynb #50dd838f

@@ -35,7 +35,7 @@ def follow(
     velocity,          # (points [B, ...], times [B]) → velocities [B, ...]
     x: torch.Tensor,   # points of noise [B, ...]
     steps: int = 20,   # of equal length, from time 0 to 1
-    heun: bool = False,  # look ahead at each step: more exact, and twice the work
+    heun: bool = False,  # look ahead at each step, up to time 1: more exact, and twice the work
 ) -> torch.Tensor:     # points of data, as far as the velocities are right [B, ...]
     "Walk along a velocity field, with Euler's method or Heun's"
     for i in range(steps):

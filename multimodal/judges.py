@@ -61,8 +61,9 @@ def judge_by_rule(
     if not data.splits.get(split):
         raise UserError(f'{data.name} has no {split} split; it has {", ".join(data.splits) or "none"}')
     captions = [item.captions[0] for item in data[split] if item.captions][:n or None]
-    scenes, drawn = [parse_caption(c) for c in captions], painter.draw(captions, seed)
+    scenes = [parse_caption(c) for c in captions]
     if not all(scenes): raise UserError(f'{data.name}: its captions tell no drawn scenes; no rule can judge drawings')
+    drawn = painter.draw(captions, seed)
     result = {'split': split, 'n_images': len(captions), 'drawn': judge_drawings(drawn, scenes)}
     if not controls: return result
     return result | {'no guidance': judge_drawings(painter.draw(captions, seed, guidance=1.), scenes),

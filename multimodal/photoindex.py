@@ -22,7 +22,7 @@ def tower_fingerprint(
     finder: Finder,
 ) -> str:  # 64 hexadecimal digits
     "sha256 of all that decides what vector a photo gets"
-    h = hashlib.sha256(f'{finder.config.image_size}'.encode())
+    h = hashlib.sha256(f'{finder.config.image_size} {finder.config.n_heads}'.encode())
     for name, tensor in finder.model.state_dict().items():
         if name.startswith(('encoder.', 'pool.', 'to_image.')):
             h.update(name.encode())
@@ -56,7 +56,8 @@ def read_index(
         with safe_open(str(file), 'pt') as f:
             about, vectors = json.loads((f.metadata() or {})['index']), f.get_tensor('vectors')
         rows = len(about['stamps']), vectors.shape[0]
-        if rows[0] != rows[1] or not {'folder', 'tower', 'skipped'} <= about.keys(): raise KeyError('rows')
+        whole = about['version'] == 1 and {'folder', 'tower', 'skipped'} <= about.keys()
+        if not whole or rows[0] != rows[1]: raise KeyError('rows')
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(str(e)) from None
     return about, vectors
@@ -102,12 +103,15 @@ def update(self: PhotoIndex,
     progress: bool = False,   # show a bar
 ) -> tuple:                   # photos looked at, photos that are gone
     "Look at what is new. Raises `UserError` where there are no photos, or none that can be read."
-    now = {str(p.relative_to(self.folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in list_images(self.folder)}
+    stats = {str(p.relative_to(self.folder)): p.stat() for p in list_images(self.folder) if p.is_file()}
+    now = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
     keep = [i for i, (name, *stamp) in enumerate(self.stamps) if now.get(name) == stamp]
     changed = len(keep) < len(self.stamps)
     gone = sum(name not in now for name, *_ in self.stamps)
     self.stamps, self.vectors = [self.stamps[i] for i in keep], self.vectors[keep]
-    self.skipped = {name: [*stamp, why] for name, (*stamp, why) in self.skipped.items() if now.get(name) == stamp}
+    passing = lambda why: any(w in why for w in ('Errno', 'not allowed', 'no such file'))       # the disk may be back
+    self.skipped = {name: [*stamp, why] for name, (*stamp, why) in self.skipped.items()
+                    if now.get(name) == stamp and not passing(why)}
     have = {name for name, *_ in self.stamps} | self.skipped.keys()
     new = [name for name in now if name not in have]
     for start in range(0, len(new), save_every):
@@ -157,9 +161,10 @@ def contact_sheet(
 ):
     "All that was found on one page"
     import matplotlib.pyplot as plt
-    there = [r for r in found if Path(r['image']).is_file()][:most]
-    titles = [f'{n}. {Path(r["image"]).name[:24]}  {r["score"]:.2f}' for n, r in enumerate(there, 1)]
-    plt.close(show_images([load_image(r['image']) for r in there], titles, n_cols=5, path=path))
+    there = [(n, r) for n, r in enumerate(found[:most], 1) if Path(r['image']).is_file()]
+    if not there: raise UserError('the photos that were found are no longer there: ask again')
+    titles = [f'{n}. {Path(r["image"]).name[:24]}  {r["score"]:.2f}' for n, r in there]
+    plt.close(show_images([load_image(r['image']) for _, r in there], titles, n_cols=5, path=path))
 
 # %% ../nbs/20b_photoindex.ipynb #44648931
 def find_photos(

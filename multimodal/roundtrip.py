@@ -9,6 +9,7 @@ __all__ = ['tell', 'round_trip', 'clean_drawings', 'survival', 'whispers', 'aliv
 from collections.abc import Sequence
 import numpy as np
 import torch
+from .core import UserError
 from .encoder import ImageTransform
 from .generate import GenerateConfig, generate
 from .judges import as_photo
@@ -57,8 +58,10 @@ def survival(
     captions: Sequence,  # of drawn scenes
     seed: int = 0,
 ) -> dict:               # name → share of the scenes, 0 to 1
-    "What survives the way round, in both directions"
-    trips, scenes = round_trip(painter, captioner, captions, seed), [parse_caption(c) for c in captions]
+    "What survives the way round, in both directions. Raises `UserError` where a caption tells no drawn scene."
+    scenes = [parse_caption(c) for c in captions]
+    if not scenes or not all(scenes): raise UserError('the way round needs captions of drawn scenes')
+    trips = round_trip(painter, captioner, captions, seed)
     said = tell(captioner, clean_drawings(scenes, painter.config.image_size))
     again = painter.draw(said, seed + 1)
     seen = [read_scene(p.numpy().astype(float)) for p in again]

@@ -165,7 +165,7 @@ def paint(
     guidance: float = 2.,    # w: 1 as learned, 0 without the sentence
     steps: int = 24,
     seed: int = 0,           # another seed, other pictures
-    fresh: float = 1.,       # how much of the noise is new after each step, 0 to 1; 0: a walk along the arrows
+    fresh: float = 1.,       # f, how much of the noise is new after each step, 0 to 1; 0: a walk along the arrows
     first: int = 0,          # number of the first picture: each has noise of its own
 ) -> torch.Tensor:           # 0 to 1, on the CPU [B, 3, H, W]
     "Pictures of sentences"
