@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAINTING', 'train_painter', 'load_painter', 'PAINT_SHAPES', 'PAINT', 'PaintConfig', 'as_ink', 'with_captions',
-           'contrast', 'PaintLoss', 'learn_to_sketch', 'PaintRun', 'build_painter', 'loss_of', 'ship',
-           'shipped_painter', 'what_to_say', 'check_scene_sentence']
+           'PaintLoss', 'learn_to_sketch', 'PaintRun', 'build_painter', 'loss_of', 'ship', 'shipped_painter',
+           'what_to_say', 'check_scene_sentence']
 
 # %% ../nbs/22a_painter.ipynb #81ea0ec1
 import json
@@ -48,7 +48,6 @@ class PaintConfig(DataConfig):
     text_layers: int = 2        # blocks that read
     n_heads: int = 4
     blank: float = 0.1          # share of captions that are blanked in training
-    evenly: float = 0.0         # power of a picture's contrast by which its loss is divided
     sketch_steps: int = 600     # of learning what sentences mean, before painting
     guidance: float = 2.0       # how much a sentence counts when drawing: 1 as learned
     steps: int = 24             # of drawing
@@ -60,7 +59,6 @@ class PaintConfig(DataConfig):
         for ok, key, want in ((0 <= self.blank < 1, 'blank', 'in [0, 1)'), (self.steps >= 1, 'steps', '1 or more'),
                               (0 <= self.guidance < 100, 'guidance', '0 or more, and below 100'),
                               (0 <= self.fresh <= 1, 'fresh', '0 to 1'),
-                              (0 <= self.evenly <= 4, 'evenly', '0 to 4'),
                               (self.sketch_steps >= 0, 'sketch_steps', '0 or more')):
             if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
 
@@ -81,16 +79,11 @@ def with_captions(batch: Batch) -> tuple:  # pictures -1 to 1 [B, 3, H, W], ids 
     filled = (torch.nn.functional.pad(t[:, 1:], (0, longest - t.shape[1])) for t in batch.tokens)      # without BOS
     return as_ink(batch.images)[owners], torch.cat(list(filled)), owners
 
-def contrast(pictures: torch.Tensor) -> torch.Tensor:  # [B, 3, H, W] → [B]
-    "How much the pixels of each picture differ: the mean variance of its colours"
-    return pictures.flatten(2).var(2).mean(1).clamp(min=1e-3)
-
 # %% ../nbs/22a_painter.ipynb #7c41d0a2
 @dataclass(frozen=True)
 class PaintLoss:
     "`picture_loss` of batches: (sum to minimise, number of captions, {'loss': …, 'error': …})"
     blank: float = 0.1   # share of sentences that are blanked; in training only
-    evenly: float = 0.0  # power of a picture's contrast by which its loss is divided
 
     def parts(self, batch: Batch, n: int = 2) -> list:
         "Pictures, captions, times and noise, dealt out in turn to `n` parts"
@@ -107,9 +100,8 @@ class PaintLoss:
 
     def __call__(self, model: Painter, batch) -> tuple:  # batch: `Batch`, or one of its parts
         if isinstance(batch, Batch): batch = self.parts(batch, 1)[0] if model.training else self.unchanging(batch)
-        loss, error = picture_loss(model, *batch)
-        loss, error = (loss/contrast(batch[0])**self.evenly).sum(), error.detach().sum()
-        return loss, len(batch[0]), {'loss': loss.detach(), 'error': error}
+        loss, error = (each.sum() for each in picture_loss(model, *batch))
+        return loss, len(batch[0]), {'loss': loss.detach(), 'error': error.detach()}
 
 # %% ../nbs/22a_painter.ipynb #4fa9b4c1
 def learn_to_sketch(
@@ -125,16 +117,14 @@ def learn_to_sketch(
             yield from loader
     device, weights, cut = next(model.parameters()).device, list(model.parameters()), PaintLoss(config.blank).parts
     optimizer, errors, n = make_optimizer(model, config), [], config.sketch_steps
-    def one(part):
-        error = sketch_loss(model, *part[:2])
-        return (error/contrast(part[0])**config.evenly).sum(), len(error), {'error': error.detach().sum()}
+    one = lambda part: (sketch_loss(model, *part[:2]).sum(), len(part[0]), {})
     with use_cores(1) as cores:
         for k, batch in enumerate(islice(batches(), n)):
             for group in optimizer.param_groups: group['lr'] = config.lr*group['scale']*schedule(.9*(k + 1)/n, .03)
-            _, size, shown = learn_at_once(one, cut(send_to_device(batch, device)), weights, cores)
+            total, size, _ = learn_at_once(one, cut(send_to_device(batch, device)), weights, cores)
             optimizer.step()
             optimizer.zero_grad()
-            errors.append(shown['error'].item()/size)
+            errors.append(total.item()/size)
     if n: say(f'{n} steps of sketching: error {np.mean(errors[:5]):.3f} → {np.mean(errors[-50:]):.3f}')
 
 # %% ../nbs/22a_painter.ipynb #63725032
@@ -146,7 +136,7 @@ def build_painter(config: PaintConfig, n_words: int) -> Painter: return Painter(
 
 def loss_of(config: PaintConfig):
     "The loss function that these settings ask for."
-    return PaintLoss(config.blank, config.evenly)
+    return PaintLoss(config.blank)
 
 PAINTING = Task('paint', PaintConfig, build_painter, loss_of, partial(load_model, Painter, PainterConfig), PaintRun,
                 learn_to_sketch)
