@@ -150,7 +150,8 @@ PAINT_SHAPES = PaintConfig(data='shapes', min_count=1, max_words=30, captions_pe
 
 PAINT = PaintConfig(image_size=64, fold=4, embedding_dim=96, n_layers=4, width=48, mend_layers=2, min_count=3,
                     captions_per_image=1, batch_size=32, groups=1, optimizer='muon', lr=3e-3, warmup=0.01, clip=0.0,
-                    ema=0.999, epochs=24, views='plain,flip,crop0,crop1_flip', guidance=4.0, fresh=0.0)
+                    ema=0.999, epochs=24, views='plain,flip,crop0,crop1_flip', guidance=10.0, fresh=0.3,
+                    steps=36)
 
 # %% ../nbs/22a_painter.ipynb #d188151b
 @patch
