@@ -8,9 +8,8 @@ __all__ = ['PAINTING', 'train_painter', 'load_painter', 'PAINT_SHAPES', 'PAINT',
            'what_to_say', 'check_scene_sentence']
 
 # %% ../nbs/22a_painter.ipynb #81ea0ec1
-import json
+import copy, json
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -180,7 +179,7 @@ def ship(
 ):
     "A copy of a run to give away: its best weights in half precision, and nothing that only resuming needs"
     folder = Path(folder)
-    save_model(deepcopy(run.model).half(), run.vocab, folder/'best', {'note': note})
+    save_model(copy.deepcopy(run.model).half(), run.vocab, folder/'best', {'note': note})
     write_recipe(PAINTING, folder, run.config, run.vocab)
     lines = [json.dumps(row) + '\n' for row in run.history]
     (folder/'history.jsonl').write_text(''.join(lines), encoding='utf-8')
