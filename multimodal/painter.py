@@ -188,7 +188,7 @@ def shipped_painter() -> Path:  # a run folder
     "The painter of drawn scenes that comes with the package"
     return Path(multimodal.__file__).parent/'painters'/'shapes'
 
-# %% ../nbs/22a_painter.ipynb #03b8a3d8
+# %% ../nbs/22a_painter.ipynb #f5cf8919
 def what_to_say(
     vocab,     # words that the painter knows
 ) -> str:
@@ -200,6 +200,7 @@ def what_to_say(
     if between: thing, all_of_it = f'{thing} left of a large blue star', f'{all_of_it}; between two things {between}'
     return f"say for instance '{thing}', with {all_of_it}"
 
+# %% ../nbs/22a_painter.ipynb #03b8a3d8
 def check_scene_sentence(
     sentence: str,
     vocab,              # words that the painter knows
