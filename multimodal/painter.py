@@ -115,7 +115,7 @@ def learn_to_sketch(
             start_epoch(loader, config.seed, epoch)
             yield from loader
     device, weights, cut = next(model.parameters()).device, list(model.parameters()), PaintLoss(config.blank).parts
-    optimizer, errors, n = make_optimizer(model, config), [], config.sketch_steps
+    optimizer, losses, n = make_optimizer(model, config), [], config.sketch_steps
     one = lambda part: (sketch_loss(model, *part[:2]).sum(), len(part[0]), {})
     with use_cores(1) as cores:
         for k, batch in enumerate(islice(batches(), n)):
@@ -123,8 +123,8 @@ def learn_to_sketch(
             total, size, _ = learn_at_once(one, cut(send_to_device(batch, device)), weights, cores)
             optimizer.step()
             optimizer.zero_grad()
-            errors.append(total.item()/size)
-    if n: say(f'{n} steps of sketching: error {np.mean(errors[:5]):.3f} → {np.mean(errors[-50:]):.3f}')
+            losses.append(total.item()/size)
+    if n: say(f'{n} steps of sketching: error {np.mean(losses[:5]):.3f} → {np.mean(losses[-50:]):.3f}')
 
 # %% ../nbs/22a_painter.ipynb #63725032
 @dataclass
