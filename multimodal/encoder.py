@@ -31,8 +31,9 @@ class ImageTransform:
     def __call__(self,
         image: Image.Image,  # any photo
     ) -> torch.Tensor:  # float32 [3, size, size]
-        small = image.convert('RGB').resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255  # [3, size, size]
+        if (image.mode, *image.size) != ('RGB', self.size, self.size):
+            image = image.convert('RGB').resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3, size, size]
         return (pixels - IMAGENET_MEAN) / IMAGENET_STD
 
     def undo(self,

@@ -21,7 +21,8 @@ def orthogonal(
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)          # all singular values now lie in 0 to 1
     for _ in range(rounds):
         a = x @ x.transpose(1, 2)                              # [n, the fewer, the fewer]
-        x = 3.4445*x + (-4.775*a + 2.0315*a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)  # -4.775*a + 2.0315*a @ a
+        x = torch.baddbmm(x, b, x, beta=3.4445)                # 3.4445*x + b @ x
     return x.transpose(1, 2) if tall else x
 
 # %% ../nbs/09d_muon.ipynb #7480079a
@@ -53,7 +54,9 @@ class Muon(torch.optim.AdamW):
         momentum: float = 0.95,       # memory of Muon's average of gradients
         betas: tuple = (0.9, 0.999),  # memories of AdamW's two averages
     ):
-        super().__init__([{'muon': False, 'momentum': momentum, **g} for g in groups], lr=lr, betas=betas)
+        groups = [{'muon': False, 'momentum': momentum, **g} for g in groups]
+        on_cpu = all(p.device.type == 'cpu' for g in groups for p in g['params'])
+        super().__init__(groups, lr=lr, betas=betas, fused=on_cpu)             # on a processor all of AdamW in one go
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -144,8 +144,8 @@ load_painter = partial(open_run, PAINTING)     # (run folder, None, device) → 
 
 # %% ../nbs/22a_painter.ipynb #6199a1c2
 PAINT_SHAPES = PaintConfig(data='shapes', min_count=1, max_words=30, captions_per_image=1, batch_size=64, groups=1,
-                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, sketch_steps=1000, epochs=12,
-                           max_seconds=820.0)
+                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, sketch_steps=1000, epochs=8,
+                           dev_photos=1000, max_seconds=820.0)
 
 PAINT = PaintConfig(image_size=64, fold=4, embedding_dim=96, n_layers=4, width=48, mend_layers=2, min_count=3,
                     captions_per_image=1, batch_size=32, groups=1, optimizer='muon', lr=3e-3, warmup=0.01, clip=0.0,

@@ -37,6 +37,7 @@ class DataConfig(TrainConfig):
     batch_size: int = 32         # images; each comes with all its captions
     groups: int = 4              # of captions of like length in a batch
     captions_per_image: int = 0  # drawn anew in each epoch; 0: all
+    dev_photos: int = 0          # how many of the dev split are validated on; 0: all
     views: str = 'plain'         # of each photo, separated by commas: plain, flip, crop0, crop1_flip …
     augment: bool = False        # change pixels (and words) at random
     word_dropout: float = 0.0    # share of the words that are hidden in training
@@ -46,7 +47,7 @@ class DataConfig(TrainConfig):
         for v in self.views.split(','): check_view(v)
         for ok, key, want in (*((getattr(self, k) >= 1, k, '1 or more') for k in
                                 ('batch_size', 'groups', 'max_words', 'min_count', 'embedding_dim')),
-                              (self.captions_per_image >= 0, 'captions_per_image', '0 or more'),
+                              *((getattr(self, k) >= 0, k, '0 or more') for k in ('captions_per_image', 'dev_photos')),
                               *((0 <= getattr(self, k) < 1, k, 'in [0, 1)') for k in ('dropout', 'word_dropout'))):
             if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
 
@@ -169,15 +170,15 @@ def make_loaders(
 ) -> tuple:                     # loaders of 'train' and 'dev'
     "Batches of features where the trunk is frozen, of pixels where it learns."
     views, transform = tuple(config.views.split(',')), ImageTransform(config.image_size)
-    def dataset(split, views, **kw):
+    def dataset(items, views, **kw):
         source = transform
         if encoder is not None and config.trainable == 'none':
-            source = FeatureCache.build(encoder, [i.image for i in data[split]], transform, cache, views,
+            source = FeatureCache.build(encoder, [i.image for i in items], transform, cache, views,
                                         progress=sys.stderr.isatty())
-        return CaptionDataset(data[split], vocab, source, config.max_words, seed=config.seed, views=views, **kw)
+        return CaptionDataset(items, vocab, source, config.max_words, seed=config.seed, views=views, **kw)
     flip, change = None, change_pixels if config.augment else None
     if any(map(is_flipped, views)): from multimodal.augment import flip_caption as flip
-    some = config.captions_per_image or None
-    train = dataset('train', views, flip_caption=flip, augment=change, captions_per_image=some)
+    some, dev = config.captions_per_image or None, data['dev'][:config.dev_photos or None]
+    train = dataset(data['train'], views, flip_caption=flip, augment=change, captions_per_image=some)
     return (make_loader(train, config.batch_size, config.groups, shuffle=True, seed=config.seed),
-            make_loader(dataset('dev', ('plain',)), config.batch_size, config.groups))
+            make_loader(dataset(dev, ('plain',)), config.batch_size, config.groups))

@@ -84,7 +84,7 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'nowhere.pth' in go(weights='nowhere.pth')
     (tmp_path/'fake.pth').write_text('no weights')
     assert 'weights_only' not in (line := go(weights=str(tmp_path/'fake.pth'))) and 'holds no PyTorch weights' in line
-    for wrong in ('captions_per_image=-1', 'max_words=0', 'patience=-1', 'max_seconds=-1', 'word_dropout=1'):
+    for wrong in ('captions_per_image=-1', 'dev_photos=-1', 'max_words=0', 'patience=-1', 'max_seconds=-1', 'word_dropout=1'):
         assert wrong.split('=')[0] in go(set=SMALL + [wrong])
     assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
     assert 'warp' in go(device='warp', set=SMALL)

@@ -1,6 +1,7 @@
 """The trainer: resumed runs are equal to the last bit, nothing saved is ever lost, and every mistake is one clear line."""
 import json
 import os
+import platform
 import random
 import resource
 import shutil
@@ -23,6 +24,7 @@ from multimodal.checkpoint import atomic_folder, load_tensors, read_history, rec
 from multimodal.core import UserError
 from multimodal.muon import Muon, make_optimizer, orthogonal
 from multimodal.optim import Ema, TrainConfig, add_sums, choose_precision, means, param_groups, schedule
+from multimodal.threads import keep_memory
 from multimodal.training import Interrupted, Trainer
 
 
@@ -522,3 +524,33 @@ def test_a_folder_is_exchanged_whole_or_not_at_all(tmp_path):
     (tmp_path/'file').write_text('')
     with pytest.raises(UserError, match='cannot write'):
         with atomic_folder(tmp_path/'file'/'b'): pass
+
+
+PAGES = """
+import resource, sys, torch
+from multimodal.threads import keep_memory
+torch.set_num_threads(1)
+if sys.argv[1] == 'keep': keep_memory()
+def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(20): torch.zeros(1_000_000).add_(1)
+work()
+before = pages()
+work()
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
+def test_memory_is_fetched_once_and_not_again():
+    fetched = {how: int(subprocess.run([sys.executable, '-c', PAGES, how], capture_output=True, text=True, check=True).stdout)
+               for how in ('keep', 'as ever')}
+    assert fetched['keep'] < 200
+    assert fetched['as ever'] > 10*max(1, fetched['keep']) or fetched['as ever'] < 200      # some systems count no pages
+
+
+@pytest.mark.parametrize('error', [AttributeError, TypeError, OSError])
+def test_without_glibc_memory_is_left_alone(monkeypatch, error):
+    def no_library(name): raise error
+    monkeypatch.setattr('multimodal.threads.ctypes.CDLL', no_library)
+    keep_memory()
