@@ -55,7 +55,7 @@ def judge_by_rule(
     split: str = 'test',
     n: int = 0,            # pictures; 0: one for each of the split
     seed: int = 0,
-    controls: bool = True, # also what must do worse
+    controls: bool = True, # also what should do worse
 ) -> dict:                 # 'split', 'n_images', 'drawn' and the names of the controls → means of `judge_drawings`
     "Drawings of captions, judged by rule. Raises `UserError` where captions tell no scenes."
     if not data.splits.get(split):

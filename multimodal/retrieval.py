@@ -103,7 +103,7 @@ def info_nce(
     texts: torch.Tensor,   # unit vectors [B, D]
     owners: torch.Tensor,  # the photo of each caption [B]
     scale,                 # 1 / temperature
-) -> torch.Tensor:         # for each caption [B]: half what its photo costs and half what it costs its photo
+) -> torch.Tensor:         # for each caption [B]: mean of the loss caption → photo and the loss photo → caption
     "InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) where a caption of the same photo is no negative"
     scores = scale * texts @ images.T                                            # [B, N]
     own = scores.gather(1, owners[:, None])[:, 0]                                # [B]

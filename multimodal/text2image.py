@@ -105,7 +105,7 @@ def forward(self: Painter,
     y = words.plan + self.enter(F.pixel_unshuffle(pixels, 2).flatten(2).transpose(1, 2))       # [B, P, D]
     for block in self.look: y = block(y, words, hour)
     coarse, grown = self.sketch(y), F.pixel_shuffle(as_grid(self.grow(self.norm_coarse(y))), 2)
-    z = self.join(torch.cat([pixels, coarse, grown], 1))                             # [B, W, H/f, W/f]
+    z = self.join(torch.cat([pixels, coarse, grown], 1))                             # [B, W, h, w], W channels
     for block in self.mend: z = block(z, hour)
     guesses = coarse + self.leave(F.silu(self.norm(z))), coarse, self.sketch(words.plan)
     guesses = [F.pixel_shuffle(g, fold) for g in guesses]                            # [B, 3, H, W] each
