@@ -34,7 +34,7 @@ class DataConfig(TrainConfig):
     embedding_dim: int = 256     # D
     dropout: float = 0.1         # of embeddings and of what branches add
     image_size: int = 224        # pixels
-    batch_size: int = 32         # images; each comes with all its captions
+    batch_size: int = 32         # images, each with its captions
     groups: int = 4              # of captions of like length in a batch
     captions_per_image: int = 0  # drawn anew in each epoch; 0: all
     dev_photos: int = 0          # how many of the dev split are validated on; 0: all
