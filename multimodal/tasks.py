@@ -19,7 +19,6 @@ from .optim import param_groups
 from .recipe import DataConfig, make_loaders, run_config
 from .saving import save_model
 from .text import Vocab
-from .threads import keep_memory
 from .training import Trainer, kept_state
 from .views import left_out_line
 
@@ -64,7 +63,6 @@ def train_run(
 ) -> TrainedRun:                       # of the class that the task names
     "Train into a folder. Raises `UserError` for mistakes, and `Interrupted` after Ctrl-C."
     run = Path(run)
-    keep_memory()
     config, vocab = prepare(task, data, run, config, resume, init)
     model = first_model(task, config, vocab, device)
     say('; '.join(' '.join(line.split()) for line in data.summary().splitlines()))

@@ -21,7 +21,7 @@ from .core import UserError, get_device, read_json, write_json
 from .muon import make_optimizer
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
     schedule, seed_step, start_epoch)
-from .threads import learn_at_once, use_cores
+from .threads import keep_memory, learn_at_once, use_cores
 
 # %% ../nbs/10_training.ipynb #dd6813ae
 @dataclass
@@ -203,6 +203,7 @@ def fit(self: Trainer,
     "Train. Raises `Interrupted` after Ctrl-C."
     if resume: self.load()
     elif self.folder: check_free(self.folder)
+    keep_memory()
     self.started = time.monotonic()
     try:
         with StopRequest() as stop, fast_matmul(self.device.type == 'cpu' and self.precision == 'bf16'), \
