@@ -62,10 +62,10 @@ def learn_at_once(
 
 # %% ../nbs/09e_threads.ipynb #5a647204
 def keep_memory(
-    bytes: int = 1 << 28,  # so much may lie unused
+    spare: int = 1 << 28,  # bytes that may lie unused
 ):
     "Freed memory is kept for what comes next, from now on in this process, where the C library is glibc"
     try: tell = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError): return            # another library: it does as it pleases
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3     # from malloc.h
-    for what, n in (M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, bytes), (M_TOP_PAD, 1 << 24): tell(what, n)
+    for what, n in (M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, spare), (M_TOP_PAD, 1 << 24): tell(what, n)
