@@ -61,7 +61,7 @@ def energy_distance(
     a: torch.Tensor,  # points [n, d]
     b: torch.Tensor,  # points [m, d]
 ) -> float:
-    "How far apart two clouds are (Szekely and Rizzo 2013, doi 10.1016/j.jspi.2013.03.018); about 0 for one distribution"
+    "How far apart two clouds are (Szekely and Rizzo 2013, doi 10.1016/j.jspi.2013.03.018); about 0 for the same"
     within = lambda x: torch.cdist(x, x).sum() / (len(x)*(len(x) - 1))
     return (2*torch.cdist(a, b).mean() - within(a) - within(b)).item()
 
