@@ -41,16 +41,16 @@ class PaintConfig(DataConfig):
     image_size: int = 32        # pixels
     embedding_dim: int = 64     # D
     fold: int = 2               # side of the squares of pixels that are folded into channels
-    width: int = 32             # channels of the convolutions
-    n_layers: int = 3           # blocks of places
-    mend_layers: int = 3        # blocks of convolutions
+    n_layers: int = 5           # blocks of places
+    mend_layers: int = 0        # blocks of convolutions that mend what places guess
+    width: int = 32             # channels of those
     text_layers: int = 2        # blocks that read
     n_heads: int = 4
     blank: float = 0.1          # share of captions that are blanked in training
     sketch_steps: int = 600     # of learning what sentences mean, before painting
     guidance: float = 2.0       # how much a sentence counts when drawing: 1 as learned
     steps: int = 24             # of drawing
-    fresh: float = 1.0          # share of the noise that is new after each of them
+    fresh: float = 1.0          # how much of the noise is new after each of them, 0 to 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,7 +144,7 @@ load_painter = partial(open_run, PAINTING)     # (run folder, None, device) → 
 
 # %% ../nbs/22a_painter.ipynb #6199a1c2
 PAINT_SHAPES = PaintConfig(data='shapes', min_count=1, max_words=30, captions_per_image=1, batch_size=64, groups=1,
-                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, sketch_steps=1000, epochs=8,
+                           optimizer='muon', lr=5e-3, warmup=0.01, clip=0.0, ema=0.99, sketch_steps=1000, epochs=10,
                            dev_photos=1000, max_seconds=820.0)
 
 PAINT = PaintConfig(image_size=64, fold=4, embedding_dim=96, n_layers=4, width=48, mend_layers=2, min_count=3,

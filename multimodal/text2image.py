@@ -26,17 +26,17 @@ class PainterConfig:
     vocab_size: int             # V, words and reserved ids
     image_size: int = 32        # side of a picture in pixels
     fold: int = 2               # f, side of the squares of pixels that are folded into channels
-    width: int = 32             # W, channels of the convolutions
     embedding_dim: int = 64     # D, length of all vectors
-    n_layers: int = 3           # blocks of places
-    mend_layers: int = 3        # blocks of convolutions
+    n_layers: int = 5           # blocks of places
+    mend_layers: int = 0        # blocks of convolutions that mend what places guess; 0: none
+    width: int = 32             # W, channels of those
     text_layers: int = 2        # blocks that read
     n_heads: int = 4            # h, a divisor of D
     max_len: int = 32           # positions; a caption with its EOS must not be longer
 
     def __post_init__(self):
-        wrong = [k for k, v in vars(self).items() if v < 1]
-        if wrong: raise UserError(f'painter: {wrong[0]} is {getattr(self, wrong[0])}, must be at least 1')
+        wrong = [k for k, v in vars(self).items() if v < (k != 'mend_layers')]
+        if wrong: raise UserError(f'painter: {wrong[0]} is {getattr(self, wrong[0])}, which is too little')
         for key, unit in ('width', 8), ('image_size', 2*self.fold):
             if (v := getattr(self, key)) % unit: raise UserError(f'painter: {key} is {v}, must be a multiple of {unit}')
 
@@ -55,22 +55,24 @@ class Painter(nn.Module):
         self.plan, self.enter = LookBlock(D, c.n_heads, ff_mult=2), nn.Linear(8*colours, D)
         self.hour = nn.Sequential(nn.Linear(64, D), nn.SiLU(), nn.Linear(D, D))
         self.look = nn.ModuleList(PlaceBlock(D, c.n_heads) for _ in range(c.n_layers))
-        self.norm_coarse, self.tell, self.grow = nn.LayerNorm(D), nn.Linear(D, 4*colours), nn.Linear(D, 4*W)
-        self.join = nn.Conv2d(W + 3*colours, W, 3, padding=1)
-        self.mend = nn.ModuleList(TunedBlock(W, D) for _ in range(c.mend_layers))
-        self.norm, self.leave = nn.GroupNorm(8, W), nn.Conv2d(W, colours, 3, padding=1)
+        self.norm_coarse, self.tell = nn.LayerNorm(D), nn.Linear(D, 4*colours)
+        if c.mend_layers:
+            self.grow, self.join = nn.Linear(D, 4*W), nn.Conv2d(W + 3*colours, W, 3, padding=1)
+            self.mend = nn.ModuleList(TunedBlock(W, D) for _ in range(c.mend_layers))
+            self.norm, self.leave = nn.GroupNorm(8, W), nn.Conv2d(W, colours, 3, padding=1)
         self.reset()
 
 # %% ../nbs/22_text2image.ipynb #78eaf379
 @patch
 def reset(self: Painter):
-    "Random weights to begin with; all that is added to the plan at zero"
+    "Random weights to begin with; what is added to the plan, and what is told, at zero"
     for name, p in self.named_parameters():
         if name.endswith('bias'): nn.init.zeros_(p)
         elif p.dim() > 1: nn.init.normal_(p, std=(3*p[0].numel())**-.5)
     for p, std in zip((*self.text.parameters(), self.places), (.5, .3, .5)): nn.init.normal_(p, std=std)
     ends = [end for b in self.look for end in (b.attend_self.out, b.attend_words.out, b.narrow, b.tune)]
-    for end in (*ends, self.enter, self.tell, self.leave, *(b.tune for b in self.mend)): nn.init.zeros_(end.weight)
+    if self.config.mend_layers: ends += [self.leave, *(b.tune for b in self.mend)]
+    for end in (*ends, self.enter, self.tell): nn.init.zeros_(end.weight)
 
 # %% ../nbs/22_text2image.ipynb #8bc40b2d
 @patch
@@ -96,7 +98,7 @@ def forward(self: Painter,
     t: torch.Tensor,  # times from 0 (all noise) to 1 (all picture) [B]
     words: Words,
     before: torch.Tensor | None = None,  # its last guess of them [B, 3, H, W]; None: it has made none yet
-    parts: bool = False,  # the coarse guess and the sketch, too?
+    parts: bool = False,  # the coarse guess (before mending, if there is any) and the sketch, too?
 ):                    # what the pictures will be [B, 3, H, W], about -1 to 1; with `parts` three of them
     "Guesses of pictures"
     fold, hour = self.config.fold, F.silu(self.hour(waves(t, 64)) + words.gist)      # [B, D]
@@ -104,12 +106,18 @@ def forward(self: Painter,
     pixels = F.pixel_unshuffle(seen, fold)                                           # [B, 6*f*f, H/f, W/f]
     y = words.plan + self.enter(F.pixel_unshuffle(pixels, 2).flatten(2).transpose(1, 2))       # [B, P, D]
     for block in self.look: y = block(y, words, hour)
-    coarse, grown = self.sketch(y), F.pixel_shuffle(as_grid(self.grow(self.norm_coarse(y))), 2)
-    z = self.join(torch.cat([pixels, coarse, grown], 1))                             # [B, W, h, w], W channels
+    coarse = self.sketch(y)                                                          # [B, 3*f*f, H/f, W/f]
+    guess = self.mended(pixels, coarse, y, hour) if self.config.mend_layers else coarse
+    if not parts: return F.pixel_shuffle(guess, fold)                                # [B, 3, H, W]
+    return [F.pixel_shuffle(g, fold) for g in (guess, coarse, self.sketch(words.plan))]
+
+@patch
+def mended(self: Painter, pixels: torch.Tensor, coarse: torch.Tensor, y: torch.Tensor, hour: torch.Tensor):
+    "What convolutions make of a coarse guess [B, 3*f*f, H/f, W/f]"
+    grown = F.pixel_shuffle(as_grid(self.grow(self.norm_coarse(y))), 2)              # [B, W, H/f, W/f]
+    z = self.join(torch.cat([pixels, coarse, grown], 1))
     for block in self.mend: z = block(z, hour)
-    guesses = coarse + self.leave(F.silu(self.norm(z))), coarse, self.sketch(words.plan)
-    guesses = [F.pixel_shuffle(g, fold) for g in guesses]                            # [B, 3, H, W] each
-    return guesses if parts else guesses[0]
+    return coarse + self.leave(F.silu(self.norm(z)))
 
 # %% ../nbs/22_text2image.ipynb #a9cfc14a
 def sketch_loss(
@@ -165,7 +173,7 @@ def paint(
     guidance: float = 2.,    # w: 1 as learned, 0 without the sentence
     steps: int = 24,
     seed: int = 0,           # another seed, other pictures
-    fresh: float = 1.,       # f, how much of the noise is new after each step, 0 to 1; 0: a walk along the arrows
+    fresh: float = 1.,       # r, how much of the noise is new after each step, 0 to 1; 0: a walk along the arrows
     first: int = 0,          # number of the first picture: each has noise of its own
 ) -> torch.Tensor:           # 0 to 1, on the CPU [B, 3, H, W]
     "Pictures of sentences"

@@ -20,7 +20,7 @@ from multimodal.scenes import Scene, Thing, draw_scene
 from multimodal.shapes import parse_caption
 from multimodal.text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss, times_and_noise
 
-TINY = ['embedding_dim=32', 'width=16', 'n_layers=1', 'text_layers=1', 'steps=4', 'batch_size=16', 'sketch_steps=5']
+TINY = ['embedding_dim=32', 'width=16', 'n_layers=1', 'text_layers=1', 'mend_layers=1', 'steps=4', 'batch_size=16', 'sketch_steps=5']
 RED, BLUE = 'a large red circle', 'a small blue star'
 WORDS = torch.tensor([[5, 6, 7, 2, 0, 0], [8, 2, 0, 0, 0, 0], [9, 10, 11, 5, 6, 2]])       # three sentences, padded with 0
 
@@ -46,11 +46,12 @@ def judge(home, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module')
-def model():
+@pytest.fixture(scope='module', params=[0, 2], ids=['unmended', 'mended'])
+def model(request):
     "A small network whose every weight matters."
     torch.manual_seed(0)
-    net = Painter(PainterConfig(vocab_size=20, image_size=12, embedding_dim=32, width=16, n_layers=2)).eval()
+    config = PainterConfig(vocab_size=20, image_size=12, embedding_dim=32, width=16, n_layers=2, mend_layers=request.param)
+    net = Painter(config).eval()
     with torch.no_grad():
         for p in net.parameters(): p += .1*torch.randn_like(p)
     return net
@@ -131,11 +132,22 @@ def test_new_noise_is_new_in_each_step_and_forgets_the_old(model):
     assert not torch.allclose(half, paint(model, WORDS[:1], guidance=1., steps=2, seed=3, first=4), atol=1e-3)
 
 
-def test_at_first_the_painter_guesses_its_sketch_and_nothing_else():
-    net = Painter(PainterConfig(vocab_size=20, image_size=12, embedding_dim=32, width=16, n_layers=2))
+@pytest.mark.parametrize('mend_layers', [0, 2])
+def test_at_first_the_painter_guesses_its_sketch_and_nothing_else(mend_layers):
+    net = Painter(PainterConfig(vocab_size=20, image_size=12, embedding_dim=32, width=16, n_layers=2, mend_layers=mend_layers))
     torch.nn.init.normal_(net.tell.weight)
     guess, coarse, sketch = net(torch.randn(3, 3, 12, 12), torch.rand(3), net.read(WORDS), parts=True)
     assert torch.equal(guess, coarse) and torch.equal(coarse, sketch) and sketch.std() > 0
+
+
+def test_convolutions_mend_a_coarse_guess_where_there_are_any(model):
+    "They add to it on the finer grid; without them there is neither a difference nor a weight too many."
+    x, t = torch.randn(3, 3, 12, 12), torch.rand(3)
+    with torch.no_grad(): guess, coarse, _ = model(x, t, model.read(WORDS), parts=True)
+    names = {name.split('.')[0] for name, _ in model.named_parameters()}
+    mending = {'grow', 'join', 'mend', 'norm', 'leave'}
+    if model.config.mend_layers: assert mending <= names and (guess - coarse).abs().mean() > .01
+    else: assert not mending & names and torch.equal(guess, coarse)
 
 
 def test_each_picture_of_a_batch_meets_all_times_whatever_its_place():
