@@ -112,8 +112,13 @@ def forward(self: Painter,
     return [F.pixel_shuffle(g, fold) for g in (guess, coarse, self.sketch(words.plan))]
 
 @patch
-def mended(self: Painter, pixels: torch.Tensor, coarse: torch.Tensor, y: torch.Tensor, hour: torch.Tensor):
-    "What convolutions make of a coarse guess [B, 3*f*f, H/f, W/f]"
+def mended(self: Painter,
+    pixels: torch.Tensor,  # pictures on their way and last guesses, folded [B, 6*f*f, H/f, W/f]
+    coarse: torch.Tensor,  # what the places guess of them, folded [B, 3*f*f, H/f, W/f]
+    y: torch.Tensor,       # what the places thought [B, P, D]
+    hour: torch.Tensor,    # [B, D]
+) -> torch.Tensor:         # a better guess, folded [B, 3*f*f, H/f, W/f]
+    "A coarse guess, mended by convolutions; only where there are `mend_layers`"
     grown = F.pixel_shuffle(as_grid(self.grow(self.norm_coarse(y))), 2)              # [B, W, H/f, W/f]
     z = self.join(torch.cat([pixels, coarse, grown], 1))
     for block in self.mend: z = block(z, hour)
