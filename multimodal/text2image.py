@@ -111,6 +111,7 @@ def forward(self: Painter,
     if not parts: return F.pixel_shuffle(guess, fold)                                # [B, 3, H, W]
     return [F.pixel_shuffle(g, fold) for g in (guess, coarse, self.sketch(words.plan))]
 
+# %% ../nbs/22_text2image.ipynb #6c09a47a
 @patch
 def mended(self: Painter,
     pixels: torch.Tensor,  # pictures on their way and last guesses, folded [B, 6*f*f, H/f, W/f]
