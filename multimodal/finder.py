@@ -27,7 +27,7 @@ from .views import read_ahead, read_view
 class RetrieveConfig(PhotoConfig):
     "All of a retrieval run in plain values."
     n_layers: int = 0    # blocks of the text tower; 0: a bag of words
-    n_heads: int = 8
+    n_heads: int = 8     # of those, and of the image tower's question
 
     def __post_init__(self):
         PhotoConfig.__post_init__(self)
@@ -72,7 +72,7 @@ def look(self: Finder,
 ) -> torch.Tensor:         # unit vectors [N, D], on the CPU
     "The vectors of some photos"
     photos = photos.to(next(self.model.parameters()).device)
-    return unit(sum(self.model.image(x) for x in (photos, photos.flip(-1))[:1 + flip])).float().cpu()
+    return unit(sum(self.model.image(x) for x in ([photos, photos.flip(-1)] if flip else [photos]))).float().cpu()
 
 @patch
 def look_at_files(self: Finder,
@@ -103,7 +103,7 @@ def check_words(
         known = vocab.words[UNK + 1:]
         raise UserError(f'none of these words was in the captions it learned from: {named}; '
                         f'it knows {len(known):,}, such as {", ".join(known[:40:5])}')
-    if unknown: say(f'not among the words it learned, so they say nothing to it: {named}')
+    if unknown: say(f'not among the words it learned, all read as one unknown word: {named}')
     if len(words) > most: say(f'only the first {most} of {len(words):,} words are read')
 
 @patch
