@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PUNCTUATION', 'METRICS', 'masked_cross_entropy', 'token_accuracy', 'perplexity', 'split_python', 'split_java',
-           'quiet', 'has_java', 'starts', 'caption_metrics', 'check_captions', 'plain_scores', 'meteor_score',
-           'constant_caption', 'ngrams', 'floor', 'ceiling', 'one_fewer', 'metrics_table']
+           'quiet', 'has_java', 'starts', 'caption_metrics', 'check_captions', 'plain_scores', 'meteor_program',
+           'end_meteor', 'meteor_score', 'constant_caption', 'ngrams', 'floor', 'ceiling', 'one_fewer', 'metrics_table']
 
 # %% ../nbs/09_metrics.ipynb #8dae6486
-import contextlib, functools, io, math, os, re, shutil, subprocess, threading
+import atexit, contextlib, functools, io, math, os, re, shutil, subprocess, threading
 from collections import Counter
 from .core import UserError
 from .text import PAD
@@ -92,7 +92,7 @@ def caption_metrics(
     hypotheses: list[str], # generated captions, one for each image
     references: list[list[str]], # captions that people wrote for the same images, at least one each
     tokenizer: str = 'auto', # 'java', 'python', or 'auto': Java where there is one
-    meteor: bool = True, # METEOR takes a second or two to start
+    meteor: bool = True, # METEOR takes some seconds to start, once in a process
 ) -> dict: # bleu_1 … bleu_4, rouge_l, cider, and meteor, which is None without Java
     "Score captions as coco-caption does; raises `UserError` where there is nothing to compare"
     check_captions(hypotheses, references)
@@ -132,23 +132,38 @@ def plain_scores(
         rouge, cider = Rouge().compute_score(theirs, mine)[0], Cider().compute_score(theirs, mine)[0]
     return {**{f'bleu_{n}': float(b) for n, b in enumerate(bleu, 1)}, 'rouge_l': float(rouge), 'cider': float(cider)}
 
+# %% ../nbs/09_metrics.ipynb #f224ae11
+@functools.lru_cache
+def meteor_program():
+    "METEOR 1.5, running"
+    from pycocoevalcap.meteor.meteor import Meteor
+    return Meteor()
+
+def end_meteor():
+    "Stop that program, if it has been started, even where it is locked for good"
+    if not meteor_program.cache_info().currsize: return
+    scorer = meteor_program()
+    meteor_program.cache_clear()
+    scorer.lock = threading.Lock()
+    scorer.meteor_p.kill()
+    scorer.meteor_p.communicate()
+
+atexit.register(end_meteor)
+
 # %% ../nbs/09_metrics.ipynb #f224ae12
 def meteor_score(
     mine: dict, # image → [caption], words apart by spaces
     theirs: dict, # image → references, likewise
 ) -> float|None: # None where the Java program fails
     "METEOR 1.5 by pycocoevalcap; needs Java"
-    from pycocoevalcap.meteor.meteor import Meteor
-    scorer = None
     try:
-        scorer = Meteor()
-        return float(scorer.compute_score(theirs, mine)[0])
-    except (OSError, ValueError): return None
-    finally:
-        if scorer is not None:
-            scorer.lock = threading.Lock()             # Ctrl-C may have left the other one locked for good
-            scorer.meteor_p.kill()
-            scorer.meteor_p.communicate()
+        if meteor_program().meteor_p.poll() is not None: end_meteor()              # somebody has stopped it
+        score = float(meteor_program().compute_score(theirs, mine)[0])
+    except BaseException as e:                                                     # Ctrl-C, too
+        end_meteor()
+        if isinstance(e, (OSError, ValueError)): return None
+        raise
+    return score
 
 # %% ../nbs/09_metrics.ipynb #a4fe5846
 def constant_caption(

@@ -1,5 +1,5 @@
 """Published scores come out; scores do not depend on order; the two tokenizers agree; bad input is named."""
-import random, subprocess, sys
+import random, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -60,12 +60,20 @@ def test_tokenizers_agree_on_odd_captions():
     assert split_java(captions) == split_python(captions)
 
 @java
-def test_nothing_is_printed_and_no_java_is_left():
-    code = ('from multimodal.metrics import caption_metrics as m; import subprocess, os;'
-            f'm({HYPOTHESES!r}, {REFERENCES!r}); print("only this");'
-            'print(subprocess.run(["pgrep", "-P", str(os.getpid()), "java"], capture_output=True, text=True).stdout, end="")')
+@pytest.mark.parametrize('end', ['', 'os.kill(os.getpid(), 9)'])
+def test_nothing_is_printed_and_no_java_is_left(end):
+    "METEOR's program is started once, for all that a process asks, and ends with it, however that ends."
+    code = f"""
+from multimodal.metrics import caption_metrics, meteor_program; import subprocess, os
+for _ in range(2): caption_metrics({HYPOTHESES!r}, {REFERENCES!r})
+print(subprocess.run(['pgrep', '-P', str(os.getpid()), 'java'], capture_output=True, text=True).stdout, end='', flush=True)
+{end}"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ('only this\n', 0), done.stderr
+    assert (done.returncode, done.stderr) == (-9 if end else 0, '')
+    state = lambda: subprocess.run(['ps', '-o', 'stat=', '-p', done.stdout.strip()], capture_output=True, text=True).stdout.strip()
+    until = time.monotonic() + 20
+    while (left := state()) not in ('', 'Z') and time.monotonic() < until: time.sleep(.1)
+    assert left in ('', 'Z')                                                     # Z: it has ended, and nobody has asked how
 
 def test_bad_input():
     for hypotheses, references in (([], []), (['a'], []), (['a'], ['a dog']), (['a'], [[]])):

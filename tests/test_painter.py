@@ -487,6 +487,6 @@ def test_a_painter_of_photos_leaves_out_words_and_says_so(run, tmp_path):
     config = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text(json.dumps(config | {'data': 'data/flickr8k'}))
     status, said, err = draw('red zebra', '--run', folder, '--out', tmp_path/'a.png', '--json')
-    assert status == 0 and json.loads(said)['sentence'] == 'red zebra' and 'say nothing to it: zebra' in err
+    assert status == 0 and json.loads(said)['sentence'] == 'red zebra' and 'all read as one unknown word: zebra' in err
     status, said, err = draw('zebra', '--run', folder, '--out', tmp_path/'b.png')
     assert (status, said) == (2, '') and 'zebra' in err and not (tmp_path/'b.png').exists()
