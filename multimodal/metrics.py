@@ -139,6 +139,7 @@ def meteor_program():
     from pycocoevalcap.meteor.meteor import Meteor
     return Meteor()
 
+@atexit.register
 def end_meteor():
     "Stop that program, if it has been started, even where it is locked for good"
     if not meteor_program.cache_info().currsize: return
@@ -147,8 +148,6 @@ def end_meteor():
     scorer.lock = threading.Lock()
     scorer.meteor_p.kill()
     scorer.meteor_p.communicate()
-
-atexit.register(end_meteor)
 
 # %% ../nbs/09_metrics.ipynb #f224ae12
 def meteor_score(
