@@ -6,6 +6,7 @@
 __all__ = ['FIND_DEMO', 'Exhibit', 'lend_eyes', 'exhibit_search', 'share', 'exhibit_drawings', 'exhibit_circle']
 
 # %% ../nbs/39a_exhibits.ipynb #6419769c
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .finder import FIND_SHAPES, Finder, RetrieveConfig
 from .judges import as_photo
 from .report import Shot, gallery, tiles
 from .runs import Run
-from .scenes import same_scene
+from .scenes import canonical, same_scene
 from .shapes import parse_caption
 
 # %% ../nbs/39a_exhibits.ipynb #f8a72a4f
@@ -62,7 +63,7 @@ def exhibit_search(
     asked = [item.captions[0] for item in items]
     scenes, found = [parse_caption(c) for c in asked], (finder.read(asked) @ seen.T).topk(k).indices.tolist()
     right = [[same_scene(scenes[j], scenes[i]) for j in row] for i, row in enumerate(found)]
-    by_lot = sum(same_scene(a, b) for a in scenes for b in scenes)/len(scenes)**2
+    by_lot = sum(n*n for n in Counter(map(canonical, scenes)).values())/len(scenes)**2
     shots = [Shot(items[j].image, asked[i], ok) for i in range(shown) for j, ok in zip(found[i], right[i])]
     facts = {'of the first pictures found show just what was asked for': sum(r[0] for r in right)/len(right),
              'would be found by drawing lots': by_lot}

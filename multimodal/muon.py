@@ -13,16 +13,19 @@ from .optim import TrainConfig, param_groups
 # %% ../nbs/09d_muon.ipynb #c08d5c24
 def orthogonal(
     g: torch.Tensor,  # matrices [n, rows, columns]
-    rounds: int = 5,  # how often the polynomial is applied
+    rounds: int = 5,  # how often the polynomial is applied, at least 1
 ) -> torch.Tensor:    # [n, rows, columns], with singular values of about 1
     "U V^T of each matrix U S V^T, nearly, by Newton-Schulz rounds (Jordan 2024, kellerjordan.github.io/posts/muon)."
     tall = g.shape[1] > g.shape[2]
     x = g.transpose(1, 2) if tall else g                       # [n, the fewer, the more]
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)          # all singular values now lie in 0 to 1
-    for _ in range(rounds):
-        a = x @ x.transpose(1, 2)                              # [n, the fewer, the fewer]
-        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)  # -4.775*a + 2.0315*a @ a
-        x = torch.baddbmm(x, b, x, beta=3.4445)                # 3.4445*x + b @ x
+    a, product = x @ x.transpose(1, 2), None                   # [n, the fewer, the fewer]
+    for left in reversed(range(rounds)):
+        p = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)  # -4.775*a + 2.0315*a @ a
+        p.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = p if product is None else p @ product
+        if left: a = p @ a @ p
+    x = product @ x
     return x.transpose(1, 2) if tall else x
 
 # %% ../nbs/09d_muon.ipynb #7480079a
@@ -32,17 +35,15 @@ def muon_step(
     group: dict,    # settings: `lr`, `weight_decay` and `momentum`
 ):
     "One step of Muon, as long as Liu and others make it (2025, arXiv 2502.16982); the gradients are used up."
-    shape = weights[0].flatten(1).shape
+    shape, lr = weights[0].flatten(1).shape, group['lr']
     for p in weights:
         if not state[p]: state[p].update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-    g = torch.stack([p.grad.reshape(shape) for p in weights])                      # [n, rows, columns]
-    m = torch.stack([state[p]['momentum'].reshape(shape) for p in weights]).lerp_(g, 1 - group['momentum'])
-    moves = orthogonal(g.lerp(m, group['momentum']))
-    for p, average, move in zip(weights, m, moves):
         state[p]['step'] += 1                                  # not used, but AdamW looks for it when a state is loaded
-        state[p]['momentum'].copy_(average.view_as(p))
-        p.mul_(1 - group['lr'] * group['weight_decay'])
-        p.add_(move.reshape(p.shape), alpha=-0.2 * max(shape)**0.5 * group['lr'])
+        average = state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
+        p.grad.lerp_(average, group['momentum'])
+    moves = orthogonal(torch.stack([p.grad.reshape(shape) for p in weights]))      # [n, rows, columns]
+    for p, move in zip(weights, moves):
+        p.mul_(1 - lr * group['weight_decay']).add_(move.reshape(p.shape), alpha=-0.2 * max(shape)**0.5 * lr)
         p.grad = None                                          # so that nothing is left for AdamW
 
 # %% ../nbs/09d_muon.ipynb #ad3236a3
