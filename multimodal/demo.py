@@ -92,8 +92,9 @@ SCORES = ('What papers report, of captions the model wrote. The floor is a const
 
 def small_print(run: Run, data) -> str:
     "What was trained, in a few words"
-    return (f'{sum(p.numel() for p in run.model.parameters())/1e6:.1f} million parameters; {len(data["train"]):,} scenes '
-            f'of {DEMO_SIZE} pixels; {run.history[-1]["step"]:,} steps with {run.config.batch_size} of them in each.')
+    steps, size = run.history[-1]['step'], run.config.batch_size
+    return (f'{sum(p.numel() for p in run.model.parameters())/1e6:.1f} million parameters; {len(data["train"]):,} '
+            f'scenes of {DEMO_SIZE} pixels; {steps:,} steps with {size} of them in each.')
 
 # %% ../nbs/39b_demo.ipynb #dde2ad00
 def demo_page(
@@ -113,7 +114,7 @@ def demo_page(
         'A model that began with random numbers, and what it says about drawings that it has never seen. A caption '
         'counts as wholly true if every size, colour and shape and the relation are right; a program checks each one.',
         [('In short', '', tiles(facts)),
-         ('Wrong', f'{sum(not r["true"] for r in test)} of {len(test)} captions are not wholly true. The first:',
+         ('Wrong', f'Not wholly true: {sum(not r["true"] for r in test)} of {len(test)} captions. The first:',
           gallery(shots(test, False), 'Not a single caption is wrong.')),
          ('Right', 'The first true ones:', gallery(shots(test, True), 'Not a single caption is right.')),
          ('Never seen', 'Wrong captions of things whose mix of size, colour and shape was kept out of training.',
