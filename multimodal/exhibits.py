@@ -63,7 +63,7 @@ def exhibit_search(
     asked = [item.captions[0] for item in items]
     scenes, found = [parse_caption(c) for c in asked], (finder.read(asked) @ seen.T).topk(k).indices.tolist()
     right = [[same_scene(scenes[j], scenes[i]) for j in row] for i, row in enumerate(found)]
-    by_lot = sum(n*n for n in Counter(map(canonical, scenes)).values())/len(scenes)**2
+    by_lot = sum(n*n for n in Counter(canonical(s) for s in scenes if s).values())/len(scenes)**2
     shots = [Shot(items[j].image, asked[i], ok) for i in range(shown) for j, ok in zip(found[i], right[i])]
     facts = {'of the first pictures found show just what was asked for': sum(r[0] for r in right)/len(right),
              'would be found by drawing lots': by_lot}
