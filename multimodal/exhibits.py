@@ -36,7 +36,7 @@ class Exhibit:
         return self.title, self.words, tiles({k: f'{v:.1%}' for k, v in self.facts.items()}) + gallery(self.shots)
 
 # %% ../nbs/39a_exhibits.ipynb #d1b858e4
-FIND_DEMO = replace(FIND_SHAPES, trainable='none', lr=2e-3, captions_per_image=1, epochs=1)
+FIND_DEMO = replace(FIND_SHAPES, trainable='none', lr=2e-3, captions_per_image=1, epochs=2, dev_photos=250)
 
 def lend_eyes(
     run: Run,                            # a captioner whose ResNet18 has learned
