@@ -99,6 +99,6 @@ def exhibit_circle(
     shots = [Shot(as_photo(r['picture']), r['words'], False, f'asked: {r["caption"]}') for r in lost[:shown]]
     facts = {f'{name} come back as they were': share(trips[split], 'asked', 'told')
              for split, name in (('test', 'of the sentences'), ('heldout', 'with mixes never seen')) if split in trips}
-    facts['of drawings made by rule are told right, which is the most one could hope for'] = clean['test']
+    facts['of drawings made by rule are told right, for comparison'] = clean['test']
     return Exhibit('There and back', 'A sentence is drawn, and the captioner tells what it sees in the drawing. The '
                    'first that came back as something else:', shots, facts)

@@ -20,7 +20,7 @@ def word_pattern(
     "How words look. Python's `re` has no name for accents and vowel signs (Unicode's category M), so we list them"
     if plain: return re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]")
     marks = ''.join(chr(c) for c in range(0x300, 0x20000) if unicodedata.category(chr(c)).startswith('M'))
-    run = rf'[^\W_]+(?:(?![\0-\u02ff])[{marks}]+[^\W_]*)*'               # most captions have none: a quick no
+    run = rf'[^\W_]+(?:(?![\0-\u02ff])[{marks}]+[^\W_]*)*'               # most letters have none: a quick no
     return re.compile(rf"{run}(?:'{run})*|[^\w\s]")
 
 def tokenize(
