@@ -73,7 +73,7 @@ def mm_augment(
 def mm_train(
     data: str,                # a data set: a folder, or shapes (shapes:2000 for that many scenes)
     run: str,                 # folder for the run
-    task: str = None,         # what to learn: caption, retrieve or paint; a run that is resumed knows its own
+    task: str = None,         # what to learn: caption, scst, retrieve or paint; a run that is resumed knows its own
     init: str = None,         # a run to start from, with its weights and words
     weights: str = None,      # what the ResNet18 starts from: imagenet, the path of a file, or none
     fusion: str = None,       # how words and photo meet: fc, cross or both
@@ -106,16 +106,20 @@ def mm_validate(
     judge: str = None,     # run folder of a finder that judges the pictures of a painter; drawn scenes need none
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,    # cpu, cuda, …; the best there is if not given
+    out: str = None,       # also keep the numbers in this file, with all that they depend on; its name ends in .json
     json: bool = False,    # print one JSON value
 ):
     "How good a run is: caption metrics between limits; a finder's recall beside chance; a painter's drawings, judged"
+    from multimodal.results import check_name, write_result
     from multimodal.tasks import open_run
+    if out: check_name(out)
     with quiet():
         trained = open_run(task_of(None, run), Path(run), weights, device)
         if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
         captions = open_data(data)
         for line in captions.remarks(): aside(f'{captions.name}: {line}')
         scores = measure(trained, captions, split, is_drawn(data), beam, flip, judge, weights)
+        if out: write_result(out, scores, trained, captions)
     say_what_is_missing(scores)
     if json: return print_json(scores)
     print(f'{split} of {data}, {scores["n_images"]} pictures', in_words(scores), sep='\n')

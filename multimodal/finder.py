@@ -45,7 +45,7 @@ class Finder(TrainedRun):
 
 def build_retriever(config: RetrieveConfig, n_words: int) -> Retriever: return Retriever(config.retriever(n_words))
 
-def loss_of(config: RetrieveConfig):
+def loss_of(config: RetrieveConfig, batches=None):
     "The loss function that these settings ask for."
     return partial(retrieval_loss, word_dropout=config.word_dropout)
 

@@ -133,7 +133,7 @@ class PaintRun(TrainedRun):
 
 def build_painter(config: PaintConfig, n_words: int) -> Painter: return Painter(config.painter(n_words))
 
-def loss_of(config: PaintConfig):
+def loss_of(config: PaintConfig, batches=None):
     "The loss function that these settings ask for."
     return PaintLoss(config.blank)
 

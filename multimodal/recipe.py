@@ -75,12 +75,17 @@ class RunConfig(PhotoConfig):
     n_heads: int = 4
     ff_mult: int = 4             # width of the decoder's feed-forward layers, in multiples of D
     label_smoothing: float = 0.0
+    samples: int = 0             # captions drawn of each photo, which CIDEr then pays; 0: people's words are learned
 
     def __post_init__(self):
         super().__post_init__()
         self.captioner(vocab_size=5)
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f'label_smoothing must be in [0, 1), not {self.label_smoothing!r}')
+        if self.samples < 0 or self.samples == 1:
+            raise UserError(f'samples must be 0, or 2 and more to be compared, not {self.samples}')
+        if self.samples and self.captions_per_image:
+            raise UserError('samples are paid by all captions of a photo: captions_per_image must be 0')
 
 # %% ../nbs/10a_recipe.ipynb #8e23e90f
 def pick(

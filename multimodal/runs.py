@@ -28,8 +28,9 @@ class Run(TrainedRun):
 
 def build_captioner(config: RunConfig, n_words: int) -> Captioner: return Captioner(config.captioner(n_words))
 
-def loss_of(config: RunConfig):
-    "The loss function that these settings ask for."
+def loss_of(config: RunConfig, batches=None):
+    "The loss function that these settings ask for. Raises `UserError` for settings of self-critical training."
+    if config.samples: raise UserError(f'samples={config.samples}: only self-critical training draws captions; take 0')
     return partial(caption_loss, smoothing=config.label_smoothing, word_dropout=config.word_dropout)
 
 CAPTIONS = Task('caption', RunConfig, build_captioner, loss_of, load_captioner, Run)

@@ -29,7 +29,7 @@ class Task:
     name: str          # as in `mm_train --task`
     config: type       # class of its settings, derived from `DataConfig`
     build: Callable    # (settings, number of words) → model; its `encoder`, if any, is an `ImageEncoder`
-    loss: Callable     # settings → loss function, as `Trainer` takes it
+    loss: Callable     # (settings, training batches) → loss function, as `Trainer` takes it
     load: Callable     # (folder, path of the ResNet18's weights or None) → model and `Vocab`
     run: type          # class of what comes back, derived from `TrainedRun`
     before: Callable | None = None  # (model, training batches, settings, say): what is learned before training proper
@@ -71,7 +71,7 @@ def train_run(
     save = lambda model, folder: save_model(model, vocab, folder)
     hint = f'mm_train {config.data or "DATA"} {run} --resume'
     if task.before and not resume and not config.init: task.before(model, loaders[0], config, say)
-    trainer = Trainer(model, task.loss(config), *loaders, config, run, save, device, say, hint)
+    trainer = Trainer(model, task.loss(config, loaders[0]), *loaders, config, run, save, device, say, hint)
     if not resume: write_recipe(task, run, config, vocab)          # all could be made: now something may be written
     trainer.fit(resume)
     return open_run(task, run, device=device)

@@ -91,7 +91,7 @@ def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     for group in self.optimizer.param_groups: group['lr'] = self.state.lr * group['scale']
     self.model.train()
     total, n, shown = self.gradients(batch)
-    loss = float(total / n)
+    loss = float(total.detach() / n)
     if not math.isfinite(loss):
         raise UserError(f'the loss became {loss} at step {self.state.step + 1}: lower lr or raise warmup')
     norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))

@@ -7,6 +7,7 @@ __all__ = ['known_tasks', 'task_of', 'recipe_for', 'config_to_train', 'what_next
            'drawing_sheet', 'check_drawing', 'draw_file']
 
 # %% ../nbs/39d_wiring.ipynb #e78d4d2c
+from dataclasses import replace
 from pathlib import Path
 from .core import UserError, atomic_write
 from .terminal import between_limits, changed, is_drawn, judge_drawn
@@ -19,8 +20,9 @@ def known_tasks() -> dict:  # name → (`Task`, its recipe for drawn scenes, its
     from multimodal.painter import PAINT, PAINT_SHAPES, PAINTING
     from multimodal.recipe import PHOTOS
     from multimodal.runs import CAPTIONS
-    return {'caption': (CAPTIONS, SHAPES, PHOTOS), 'retrieve': (RETRIEVAL, FIND_SHAPES, FIND),
-            'paint': (PAINTING, PAINT_SHAPES, PAINT)}
+    from multimodal.scst import SCST
+    return {'caption': (CAPTIONS, SHAPES, PHOTOS), 'scst': (SCST, None, None),
+            'retrieve': (RETRIEVAL, FIND_SHAPES, FIND), 'paint': (PAINTING, PAINT_SHAPES, PAINT)}
 
 def task_of(
     name: str | None,  # as in `mm_train --task`
@@ -28,13 +30,17 @@ def task_of(
 ):                     # `Task`
     "A task by its name, else that of a run, else captioning. Raises `UserError` where there is no such task."
     from multimodal.tasks import read_task
-    name = name or (read_task(run)[0] if run else 'caption')
+    if run and not name:
+        name, settings = read_task(run)
+        if settings.get('samples'): name = 'scst'
+    name = name or 'caption'
     if name not in known_tasks(): raise UserError(f'--task {name}: known is {", ".join(known_tasks())}')
     return known_tasks()[name][0]
 
 def recipe_for(task, data: str, given: dict):  # settings of the task
-    "What to train with: the recipe for this task and data, changed as asked"
-    drawn, photos = known_tasks()[task.name][1:]
+    "The recipe for this task and data, changed as asked. Raises `UserError` where it has to start from a run."
+    drawn, photos = next(recipes for known, *recipes in known_tasks().values() if known is task)
+    if not photos: raise UserError('--task scst goes on from a captioner that is trained already: give --init RUN')
     return changed(drawn if is_drawn(data) else photos, {'data': data, **given})
 
 # %% ../nbs/39d_wiring.ipynb #6fd3a563
@@ -46,10 +52,17 @@ def config_to_train(
     init: str | None = None,    # a run folder to start from
 ):                   # settings of the task
     "What to train with: those of the run that goes on or is started from, else a recipe; changed as asked"
+    from multimodal.scst import SCST, scst_recipe
     from multimodal.tasks import read_config
     if resume: return changed(read_config(resume, task), given)
-    if init: return changed(read_config(init, task), {'data': data, **given})
-    return recipe_for(task, data, given)
+    if not init: return recipe_for(task, data, given)
+    config = read_config(init, task)
+    if task is SCST and not config.samples: config = scst_recipe(config)
+    elif task is not SCST and getattr(config, 'samples', 0): config = replace(config, samples=0)
+    config = changed(config, {'data': data, **given})
+    if (task is SCST) != bool(getattr(config, 'samples', 0)):
+        raise UserError(f'samples={config.samples}: --task scst draws 2 or more captions of each photo, no other any')
+    return config
 
 def what_next(task, run: str) -> str:
     "A command to try with a trained run"

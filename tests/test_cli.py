@@ -107,6 +107,23 @@ def test_a_run_starts_from_another(run, capsys, tmp_path, home):
     mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'other'), init=str(tmp_path/'nowhere'), device='cpu')
 
 
+def test_a_captioner_learns_on_for_pay(run, capsys, tmp_path, home):
+    from multimodal.cli import mm_caption, mm_train
+    paid = tmp_path/'paid'
+    mm_train('shapes:60', str(paid), task='scst', init=str(run), epochs=1, device='cpu', set=['samples=3'])
+    assert 'dev_paid' in (paid/'history.jsonl').read_text()
+    kept = json.loads((paid/'config.json').read_text())
+    assert (kept['task'], kept['samples'], kept['captions_per_image']) == ('caption', 3, 0)
+    mm_caption([str(photos(home)[0])], run=str(paid), device='cpu')
+    mm_train('shapes:60', str(tmp_path/'words'), task='caption', init=str(paid), epochs=1, device='cpu')
+    other = str(tmp_path/'other')
+    assert '--init RUN' in mistake(capsys, mm_train, 'shapes:60', other, task='scst')
+    assert 'captions_per_image' in mistake(capsys, mm_train, 'shapes:60', other, task='scst', init=str(run), set=['captions_per_image=2'])
+    assert 'samples=0' in mistake(capsys, mm_train, 'shapes:60', other, task='scst', init=str(run), set=['samples=0'], device='cpu')
+    assert 'samples=2' in mistake(capsys, mm_train, 'shapes:60', other, task='caption', init=str(run), set=['samples=2', 'captions_per_image=0'], device='cpu')
+    assert not Path(other).exists()
+
+
 def test_run_folders_that_are_none_or_half_written(run, capsys, tmp_path, home):
     from multimodal.cli import mm_caption, mm_validate
     photo = [str(photos(home)[0])]
@@ -287,6 +304,17 @@ def test_few_photos_without_lists_of_splits(home, tmp_path, capsys):
     for p in few: shutil.copy(p, tmp_path/'few')
     (tmp_path/'few'/'captions.txt').write_text('image,caption\n' + ''.join(f'{p.name},a thing\n' for p in few))
     assert 'too few photos' in mistake(capsys, mm_train, str(tmp_path/'few'), str(tmp_path/'run'), set=SMALL)
+
+
+def test_numbers_are_kept_with_all_that_they_depend_on(run, home, tmp_path, capsys):
+    from multimodal.cli import mm_validate
+    assert '.json' in mistake(capsys, mm_validate, str(run), out=str(tmp_path/'numbers.txt'))
+    mm_validate(str(run), out=str(tmp_path/'kept'/'numbers.json'), beam=1, json=True)
+    printed, text = json.loads(capsys.readouterr().out), (tmp_path/'kept'/'numbers.json').read_text()
+    kept = json.loads(text)
+    assert kept['scores'] == printed and kept['data']['splits']['test']['photos'] == printed['n_images']
+    assert kept['model']['settings']['image_size'] == 32 and len(kept['data']['sha256']) == len(kept['model']['learned_sha256']) == 64
+    assert str(tmp_path) not in text and str(home) not in text and str(run) not in text
 
 
 def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):

@@ -1,4 +1,6 @@
 """Captions that are paid: compared fairly, scored as coco-caption does, and learned from."""
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,13 @@ from multimodal.core import UserError, set_seed
 from multimodal.dataloaders import Sample, collate
 from multimodal.encoder import EncoderConfig
 from multimodal.generate import GenerateConfig
-from multimodal.scst import CiderPay, PaidLoss, advantages, logprobs, references_of, write
+from multimodal.datasets import load_dataset
+from multimodal.recipe import RunConfig
+from multimodal.runs import train_captions
+from multimodal.scst import SCST, CiderPay, PaidLoss, advantages, logprobs, references_of, scst_recipe, train_scst, write
+from multimodal.shapes import make_shapes
+from multimodal.training import Interrupted
+from multimodal.wiring import task_of
 from multimodal.text import BOS, EOS, PAD
 
 WORDS, PHOTOS = 12, 6
@@ -82,3 +90,19 @@ def test_the_log_probability_has_the_gradient_of_the_caption_alone(model):
     for i in range(PHOTOS):
         alone = logprobs(model, memory.select(torch.tensor([i])), tokens[i:i + 1, :(tokens[i] != PAD).sum()])
         torch.testing.assert_close(alone[0], both[i], atol=1e-4, rtol=0)
+
+
+def test_a_paid_run_that_was_stopped_is_the_one_that_was_not(tmp_path):
+    data, quiet = load_dataset(make_shapes(tmp_path/'shapes', n=60, size=32, p_two=0.)), lambda line: None
+    small = RunConfig(data='shapes', weights='none', trainable='all', stage=1, image_size=32, embedding_dim=32, n_layers=1, epochs=1, min_count=1)
+    train_captions(data, tmp_path/'taught', small, device='cpu', say=quiet)
+    config, init = scst_recipe(small), tmp_path/'taught'
+    straight = train_scst(data, tmp_path/'straight', config, device='cpu', say=quiet, init=init)
+    def stop(line):
+        if line.startswith('epoch 1'): signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted): train_scst(data, tmp_path/'stopped', config, device='cpu', say=stop, init=init)
+    assert task_of(None, tmp_path/'stopped') is SCST
+    resumed = train_scst(data, tmp_path/'stopped', resume=True, device='cpu', say=quiet)
+    pays = lambda run: [(r['train_paid'], r['dev_paid']) for r in run.history]
+    assert pays(resumed) == pays(straight) and len(pays(straight)) == 3
+    for a, b in zip(resumed.model.state_dict().values(), straight.model.state_dict().values()): assert torch.equal(a, b)
