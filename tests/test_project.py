@@ -143,6 +143,19 @@ def test_readme_is_the_index_notebook():
     for path, data in pictures.items(): assert (ROOT/path).read_bytes() == data, f'{path}: run python tools/readme.py'
 
 
+def test_tables_of_the_readme_are_made_from_result_files(monkeypatch):
+    "Each cell that only shows something is run anew, and what it shows stands in README.md to the letter."
+    monkeypatch.chdir(ROOT/'nbs')
+    cells = [src for src in sources(ROOT/'nbs'/'index.ipynb') if re.search(r'^#\|\s*echo:\s*false', src, re.M)]
+    assert cells
+    text, names = (ROOT/'README.md').read_text(encoding='utf-8'), {}
+    for src in cells:
+        *rest, last = ast.parse(src).body
+        exec(compile(ast.Module(rest, []), 'index.ipynb', 'exec'), names)
+        shown = eval(compile(ast.Expression(last.value), 'index.ipynb', 'eval'), names).data
+        assert shown.count('|') > 20 and shown in text, f'run index.ipynb and tools/readme.py: {shown}'
+
+
 def test_readme_links_lead_somewhere():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     for target in re.findall(r'\]\((?!https?:|#|mailto:)([^)\s#]+)', text): assert (ROOT/target).exists(), target

@@ -2,7 +2,8 @@
 
     python tools/readme.py            # writes README.md, and the notebook's pictures into nbs/images/
 
-Outputs are taken as they stand in the notebook; nothing is run. Cells marked `#| hide` are left out.
+Outputs are taken as they stand in the notebook; nothing is run. Cells marked `#| hide` are left out, and of those marked
+`#| echo: false` only what they show is kept: so tables are made from files in results/.
 """
 import re
 import sys
@@ -20,6 +21,7 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {{ output.text | strip_ansi | trim }}
 ```
 {% endblock stream %}
+{% block input %}{% if cell.source %}{{ super() }}{% endif %}{% endblock input %}
 {% block data_text %}
 ```text
 {{ output.data['text/plain'] | trim }}
@@ -43,8 +45,9 @@ def tidy(nb):
     for cell in nb.cells:
         if cell.cell_type == 'code':
             if re.search(r'^#\|\s*hide\s*$', cell.source, re.M): continue
-            cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
-            if not cell.source: continue
+            quiet = re.search(r'^#\|\s*echo:\s*false\s*$', cell.source, re.M)
+            cell.source = '' if quiet else re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
+            if not cell.source and not quiet: continue
             cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
         else:
             cell.source = from_root(cell.source)
