@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAINTING', 'train_painter', 'load_painter', 'PAINT_SHAPES', 'PAINT', 'PaintConfig', 'as_ink', 'with_captions',
-           'PaintLoss', 'learn_to_sketch', 'PaintRun', 'build_painter', 'loss_of', 'ship', 'shipped_painter',
-           'what_to_say', 'check_scene_sentence']
+           'PaintLoss', 'learn_to_sketch', 'PaintRun', 'build_painter', 'loss_of', 'shipped_painter', 'what_to_say',
+           'check_scene_sentence']
 
 # %% ../nbs/22a_painter.ipynb #81ea0ec1
-import copy, json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,10 +25,10 @@ from .finder import check_words
 from .muon import make_optimizer
 from .optim import schedule, start_epoch
 from .recipe import DataConfig, pick
-from .saving import load_model, save_model
+from .saving import load_model
 from .scenes import COLOURS, INVERSE, SAY, SHAPES, Scene
 from .shapes import NOUN_PHRASE, parse_caption
-from .tasks import Task, TrainedRun, open_run, train_run, write_recipe
+from .tasks import Task, TrainedRun, open_run, train_run
 from .text2image import Painter, PainterConfig, blank_out, paint, picture_loss, sketch_loss, times_and_noise
 from .text import tokenize
 from .threads import at_once, learn_at_once, use_cores
@@ -172,18 +171,6 @@ def draw(self: PaintRun,
     return torch.cat(at_once(lambda part: paint(self.model, part[0], *how, part[1]), parts))
 
 # %% ../nbs/22a_painter.ipynb #9a6873be
-def ship(
-    run: PaintRun,
-    folder: Path,      # to write
-    note: dict,        # how it came to be, plain values
-):
-    "A copy of a run to give away: its best weights in half precision, and nothing that only resuming needs"
-    folder = Path(folder)
-    save_model(copy.deepcopy(run.model).half(), run.vocab, folder/'best', {'note': note})
-    write_recipe(PAINTING, folder, run.config, run.vocab)
-    lines = [json.dumps(row) + '\n' for row in run.history]
-    (folder/'history.jsonl').write_text(''.join(lines), encoding='utf-8')
-
 def shipped_painter() -> Path:  # a run folder
     "The painter of drawn scenes that comes with the package"
     return Path(multimodal.__file__).parent/'painters'/'shapes'

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 from .captioner import Captioner, CaptionerConfig
-from .core import UserError, atomic_write, read_json, write_json
+from .core import UserError, aside, atomic_write, read_json, write_json
 from .encoder import EncoderConfig
 from .text import Vocab
 
@@ -112,8 +112,9 @@ def load_model(
         raise UserError(f'weights {weights}: no such file')
     model = kind(with_trunk(config, weights))
     if not keeps_trunk(config) and saved.get('trunk') != model.encoder.weights_fingerprint():
-        source = weights or config.encoder.weights
-        raise UserError(f'{folder}: trained on another ResNet18 than {source}; give the path of the right weights')
+        line = f'{folder}: trained on another ResNet18 than {weights or config.encoder.weights}'
+        if not saved.get('trunk_may_differ'): raise UserError(f'{line}; give the path of the right weights')
+        aside(f'{line}; that works if the two are alike, and nobody has measured how well')
     model.config = config
     load_weights(model, folder/'model.safetensors')
     return model.eval(), vocab

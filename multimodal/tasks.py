@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Task', 'TrainedRun', 'say_skipped', 'train_run', 'prepare', 'first_model', 'write_recipe', 'start_from', 'read_task',
-           'read_config', 'open_run']
+           'read_config', 'open_run', 'ship']
 
 # %% ../nbs/10b_tasks.ipynb #c3ff9007
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
-from .checkpoint import check_free, read_history, recover_folder
+from .checkpoint import check_free, read_history, recover_folder, write_history
 from .core import UserError, aside, get_device, read_json, set_seed, write_json
 from .dataloaders import CaptionDataset
 from .datasets import CaptionData
 from .optim import param_groups
 from .recipe import DataConfig, make_loaders, run_config
-from .saving import save_model
+from .saving import save_model, stored_tensors
 from .text import Vocab
 from .training import Trainer, kept_state
 from .views import left_out_line
@@ -156,3 +157,23 @@ def open_run(
     if Vocab.load(run/'vocab.json').fingerprint() != vocab.fingerprint():
         raise UserError(f'{run}/vocab.json is not the vocabulary that the weights in best/ were trained with')
     return task.run(run, config, model.to(get_device(device)), vocab, read_history(run/'history.jsonl'))
+
+# %% ../nbs/10b_tasks.ipynb #f07fcc50
+def ship(
+    task: Task,
+    run: TrainedRun,
+    folder: Path,      # to write
+    note: dict,        # how it came to be, plain values
+):
+    "A copy of a run to give away: its best weights in half precision, and nothing that only resuming needs"
+    folder, model = Path(folder), copy.deepcopy(run.model)
+    config = replace(run.config, init='', data=Path(run.config.data).name)
+    kept = stored_tensors(model)
+    for name, p in model.named_parameters():
+        if name in kept: p.data = p.data.half()
+    if getattr(config, 'weights', 'none') != 'none':
+        config = replace(config, weights='imagenet')
+        model.config = replace(model.config, encoder=replace(model.config.encoder, weights='imagenet'))
+    save_model(model, run.vocab, folder/'best', {'note': note, 'trunk_may_differ': True})
+    write_recipe(task, folder, config, run.vocab)
+    write_history(folder/'history.jsonl', run.history)
