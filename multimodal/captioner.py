@@ -15,6 +15,7 @@ from torch import nn
 from .attention import KVCache, attention
 from .core import UserError
 from .encoder import EncoderConfig, ImageEncoder
+from .halfway import see
 from .transformer import OutputDecoder, TextEncoder, init_weights
 
 # %% ../nbs/07_captioner.ipynb #74c15f43
@@ -107,10 +108,10 @@ class Memory(NamedTuple):
 # %% ../nbs/07_captioner.ipynb #b4894fb3
 @patch
 def encode(self: Captioner,
-    images: torch.Tensor,  # pixels [N, 3, H, W], or features of the trunk [N, P, C]
+    images: torch.Tensor,  # pixels [N, 3, H, W], features of the trunk [N, P, C], or of its lower half
 ) -> torch.Tensor:  # [N, P, D]
     "Photos → vectors in the space of the words"
-    return self.encoder(images) if images.dim() == 4 else self.encoder.project(images)
+    return see(self.encoder, images)
 
 @patch
 def remember(self: Captioner,

@@ -19,6 +19,7 @@ from .dataloaders import Batch, CaptionDataset, make_loader
 from .datasets import CaptionData
 from .encoder import EncoderConfig, ImageTransform
 from .features import FeatureCache
+from .halfway import lower_half
 from .optim import TrainConfig
 from .text import PAD, UNK, Vocab
 from .views import check_view, is_flipped
@@ -173,13 +174,13 @@ def make_loaders(
     encoder: torch.nn.Module | None,  # whose frozen trunk computes features; None: the model wants pixels
     cache: Path,                # folder for features
 ) -> tuple:                     # loaders of 'train' and 'dev'
-    "Batches of features where the trunk is frozen, of pixels where it learns."
+    "Batches of features where the trunk is frozen, of its lower half where only the last stage learns, else of pixels."
     views, transform = tuple(config.views.split(',')), ImageTransform(config.image_size)
+    part = None if encoder is None or config.augment else encoder if config.trainable == 'none' else lower_half(encoder)
     def dataset(items, views, **kw):
         source = transform
-        if encoder is not None and config.trainable == 'none':
-            source = FeatureCache.build(encoder, [i.image for i in items], transform, cache, views,
-                                        progress=sys.stderr.isatty())
+        if part: source = FeatureCache.build(part, [i.image for i in items], transform, cache, views,
+                                             progress=sys.stderr.isatty())
         return CaptionDataset(items, vocab, source, config.max_words, seed=config.seed, views=views, **kw)
     flip, change = None, change_pixels if config.augment else None
     if any(map(is_flipped, views)): from multimodal.augment import flip_caption as flip

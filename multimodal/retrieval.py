@@ -17,6 +17,7 @@ from .attention import MultiHeadAttention
 from .core import UserError
 from .dataloaders import Batch
 from .encoder import EncoderConfig, ImageEncoder
+from .halfway import see
 from .recipe import hide_words
 from .text import PAD
 from .transformer import OutputDecoder, TextEncoder, init_weights
@@ -83,7 +84,7 @@ def image(self: Retriever,
     images: torch.Tensor,  # pixels [N, 3, H, W], or features of the trunk [N, P, C]
 ) -> torch.Tensor:         # unit vectors [N, D]
     "The image tower"
-    places = self.encoder(images) if images.dim() == 4 else self.encoder.project(images)      # [N, P, D]
+    places = see(self.encoder, images)                                                        # [N, P, D]
     return unit(self.to_image(self.dropout(self.pool(places))))
 
 # %% ../nbs/20_retrieval.ipynb #942c5485
