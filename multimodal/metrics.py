@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUNCTUATION', 'METRICS', 'masked_cross_entropy', 'token_accuracy', 'perplexity', 'split_python', 'split_treebank',
-           'split_java', 'quiet', 'has_java', 'starts', 'caption_metrics', 'check_captions', 'plain_scores',
+           'split_java', 'quiet', 'has_java', 'starts', 'cut_both', 'caption_metrics', 'check_captions', 'plain_scores',
            'meteor_program', 'end_meteor', 'meteor_score', 'constant_caption', 'ngrams', 'floor', 'ceiling',
            'one_fewer', 'metrics_table']
 
@@ -94,6 +94,25 @@ def starts(java: str|None) -> bool: # some systems have a `java` that only says 
     except (OSError, subprocess.TimeoutExpired): return False
 
 # %% ../nbs/09_metrics.ipynb #e95184f6
+def cut_both(
+    hypotheses: list[str], # captions, one for each image
+    references: list[list[str]], # captions that people wrote for the same images
+    tokenizer: str = 'auto', # as for `caption_metrics`
+) -> tuple: # image → [caption], image → references, and whether Java did it
+    "Captions cut into words; raises `UserError` where there is nothing to compare"
+    check_captions(hypotheses, references)
+    if tokenizer not in ('auto', 'java', 'python'):
+        raise UserError(f'tokenizer {tokenizer!r}: choose auto, java or python')
+    if tokenizer == 'java' and not has_java():
+        raise UserError('tokenizer "java" needs Java; install one, or use "python"')
+    java = tokenizer != 'python' and has_java()
+    flat = (split_java if java else split_python)([*hypotheses, *(r for rs in references for r in rs)])
+    if not any(flat[len(hypotheses):]): raise UserError('no reference has a word in it: nothing to score against')
+    rest = iter(flat[len(hypotheses):])
+    return ({i: [words] for i, words in enumerate(flat[:len(hypotheses)])},
+            {i: [next(rest) for _ in rs] for i, rs in enumerate(references)}, java)
+
+# %% ../nbs/09_metrics.ipynb #b93894f9
 def caption_metrics(
     hypotheses: list[str], # generated captions, one for each image
     references: list[list[str]], # captions that people wrote for the same images, at least one each
@@ -101,17 +120,7 @@ def caption_metrics(
     meteor: bool = True, # METEOR takes some seconds to start, once in a process
 ) -> dict: # bleu_1 … bleu_4, rouge_l, cider, and meteor, which is None without Java
     "Score captions as coco-caption does; raises `UserError` where there is nothing to compare"
-    check_captions(hypotheses, references)
-    if tokenizer not in ('auto', 'java', 'python'):
-        raise UserError(f'tokenizer {tokenizer!r}: choose auto, java or python')
-    if tokenizer == 'java' and not has_java():
-        raise UserError('tokenizer "java" needs Java; install one, or use "python"')
-    java = tokenizer != 'python' and has_java()
-    cut = split_java if java else split_python
-    flat = cut([*hypotheses, *(r for rs in references for r in rs)])
-    rest = iter(flat[len(hypotheses):])
-    mine = {i: [words] for i, words in enumerate(flat[:len(hypotheses)])}
-    theirs = {i: [next(rest) for _ in rs] for i, rs in enumerate(references)}
+    mine, theirs, java = cut_both(hypotheses, references, tokenizer)
     return {**plain_scores(mine, theirs), 'meteor': meteor_score(mine, theirs) if java and meteor else None}
 
 # %% ../nbs/09_metrics.ipynb #7c3c3dc2

@@ -104,10 +104,11 @@ def evaluate(self: Run,
     split: str = 'test',
     config: GenerateConfig = GenerateConfig(),
     batch_size: int = 64,
-    limits: bool = False,  # also floor, ceiling, and the same captions against the references of the ceiling
+    limits: bool = False,  # also intervals, floor, ceiling, and the captions against the references of the ceiling
     judge=None,            # called with the rows of `predict`; what it returns, a dictionary, is added
 ) -> dict:  # `floor` is None without training captions, `one_fewer` and `ceiling` where no photo has two
     "Teacher-forced `loss`, `perplexity`, `accuracy`, and metrics of generated captions."
+    from multimodal.intervals import image_rows, interval
     from multimodal.metrics import caption_metrics, ceiling, floor, one_fewer, perplexity
     rows, forced = self.predict(data, split, config, batch_size)
     written, references = [r['caption'] for r in rows], [r['references'] for r in rows]
@@ -115,7 +116,9 @@ def evaluate(self: Run,
               'accuracy': forced['accuracy'], **caption_metrics(written, references)}
     if limits:
         seen, several = [list(item.captions) for item in data.splits.get('train', [])], any(r[1:] for r in references)
-        scores |= {'floor': floor(seen, references) if seen else None,
+        sure = interval(image_rows(written, references), 2000) if len(rows) > 1 else {}
+        scores |= {'intervals': {m: i and [i.low, i.high] for m, i in sure.items()},   # 95 %, over photos
+                   'floor': floor(seen, references) if seen else None,
                    'one_fewer': one_fewer(written, references) if several else None,
                    'ceiling': ceiling(references) if several else None}
     return scores | (judge(rows) if judge else {})

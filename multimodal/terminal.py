@@ -103,7 +103,10 @@ def between_limits(scores: dict, name: str='this run') -> str:  # for a terminal
     rows = {'floor (a constant)': scores['floor'], name: scores, 'one reference fewer': scores['one_fewer'],
             'ceiling (a person)': scores['ceiling']}
     truth = [f'wholly true: {scores["true"]:.1%} of the captions'] if 'true' in scores else []
-    return '\n'.join([table({name: row for name, row in rows.items() if row}), *truth])
+    ends = {m: i for m, i in (scores.get('intervals') or {}).items() if i}
+    said = ', '.join(f'{METRICS[m]} {100*low:.1f} to {100*high:.1f}' for m, (low, high) in ends.items())
+    sure = [f'with other photos of this kind (95 %): {said}'] if said else []
+    return '\n'.join([table({name: row for name, row in rows.items() if row}), *sure, *truth])
 
 def judge_drawn(
     rows: list,  # {'caption', 'references', …}, of drawn scenes
