@@ -15,7 +15,7 @@ from fastcore.script import Param
 from .core import UserError, aside
 from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_what_is_missing, settings)
-from .wiring import config_to_train, draw_file, in_words, measure, task_of, what_next
+from .wiring import config_to_train, data_to_measure, draw_file, in_words, measure, task_of, what_next
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
@@ -115,9 +115,7 @@ def mm_validate(
     if out: check_name(out)
     with quiet():
         trained = open_run(task_of(None, run), Path(run), weights, device)
-        if not (data := data or trained.config.data): raise UserError(f'{run} does not name its data: give --data')
-        captions = open_data(data)
-        for line in captions.remarks(): aside(f'{captions.name}: {line}')
+        data, captions = data_to_measure(trained, data)
         scores = measure(trained, captions, split, is_drawn(data), beam, flip, judge, weights)
         if out: write_result(out, scores, trained, captions)
     say_what_is_missing(scores)

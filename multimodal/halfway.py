@@ -21,7 +21,8 @@ def lower_half(
     c = encoder.config
     if c.trainable != 'last' or c.stage < 2: return None
     config = replace(c, stage=c.stage - 1, below=max(c.below - 1, 0), trainable='none', pool='grid', weights='none')
-    if any(replace(c, stage=s).side != 2*replace(c, stage=s + 1).side for s in range(config.stages[0], c.stage)): return None
+    sides = [replace(c, stage=s).side for s in range(config.stages[0], c.stage + 1)]
+    if any(a != 2*b for a, b in zip(sides, sides[1:])): return None
     half = ImageEncoder(config)
     half.trunk = nn.Sequential(OrderedDict(list(encoder.trunk.named_children())[:-1])).eval()
     half.requires_grad_(False)

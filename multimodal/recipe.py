@@ -68,6 +68,7 @@ class PhotoConfig(DataConfig):
         self.encoder()
         if self.augment and self.trainable == 'none': raise UserError('augment must be off while trainable is none')
 
+# %% ../nbs/10a_recipe.ipynb #61d73df5
 @dataclass(frozen=True)
 class RunConfig(PhotoConfig):
     "All of a captioning run in plain values."

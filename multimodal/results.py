@@ -65,7 +65,7 @@ def program_facts() -> dict:  # command, versions, processor cores, date
 # %% ../nbs/38_results.ipynb #6d3f9701
 def check_name(file: Path):
     "Raises `UserError` where that is no name for a result"
-    if Path(file).suffix != '.json': raise UserError(f'{file}: results are kept as JSON; choose a name that ends in .json')
+    if Path(file).suffix != '.json': raise UserError(f'{file}: results are kept as JSON; choose a name ending in .json')
 
 def write_result(
     file: Path,         # JSON to write
@@ -82,7 +82,7 @@ def read_results(
     folder: Path,  # with JSON files of `write_result`
     pattern: str,  # of their names, such as 'caption_seed*.json'
 ) -> list:         # sorted by name
-    "Measurements of one model with several seeds. Raises `UserError` where there are none, or more than the seed differs."
+    "Measurements with several seeds. Raises `UserError` where there are none, or more than the seed differs."
     files = sorted(Path(folder).glob(pattern))
     if not files: raise UserError(f'{folder}: no results {pattern}; make them with mm_validate RUN --out FILE')
     results = [read_json(f) for f in files]
