@@ -49,7 +49,7 @@ def check_looks(model: Captioner):
     "Raises `UserError` where a model has no grid, or does not look at it"
     fusion, pool = model.config.fusion, model.config.encoder.pool
     if not model.fusion.looks or pool != 'grid':
-        raise UserError(f'with fusion {fusion!r} and pool {pool!r} a model gets one vector of a photo, and looks nowhere; '
+        raise UserError(f'with fusion {fusion!r} and pool {pool!r} a model gets one vector of a photo, not a grid; '
                         "to see where one looks, train it with fusion 'cross' or 'both' and pool 'grid'")
 
 # %% ../nbs/13_explain.ipynb #a90cf8bc
@@ -77,6 +77,7 @@ def explain(
 ) -> list[Explained]:  # one for each photo
     "Captions as `Run.caption` writes them, word by word. Raises `UserError` where the model looks nowhere."
     check_looks(run.model)
+    if not photos: return []
     transform, model, config = ImageTransform(run.config.image_size), run.model, run.fit(config)
     pixels = torch.stack([p if torch.is_tensor(p) else transform(p) for p in photos])                 # [N, 3, H, W]
     pixels, training = pixels.to(next(model.parameters()).device), model.training
@@ -107,10 +108,10 @@ def glow(
 ) -> Image.Image:        # RGB, of the photo's size
     "A photo, grey and dim where there is no heat, and glowing where there is"
     from matplotlib import colormaps
-    grey = .7*np.asarray(photo.convert('L'), dtype=np.float32)[..., None]/255                         # [H, W, 1]
+    grey = .5*np.asarray(photo.convert('L'), dtype=np.float32)[..., None]/255                         # [H, W, 1]
     smooth = Image.fromarray(heat.numpy().astype(np.float32)).resize(photo.size, Image.Resampling.BICUBIC)
-    heat = np.asarray(smooth).clip(0, 1)                                                              # [H, W]
-    lit = grey*(1 - .7*heat[..., None]) + .7*heat[..., None]*colormaps['inferno'](.3 + .6*heat)[..., :3]
+    heat = np.asarray(smooth).clip(0, 1)[..., None]**.7                          # [H, W, 1]; the power lifts weak looks
+    lit = grey*(1 - .75*heat) + .75*heat*colormaps['inferno'](.2 + .7*heat[..., 0])[..., :3]          # [H, W, 3]
     return Image.fromarray((255*lit).astype(np.uint8))
 
 # %% ../nbs/13_explain.ipynb #ec8b08e0
@@ -164,13 +165,13 @@ def explain_photos(
     batch_size: int = 32,
     say=aside,  # called with a line for each file that cannot be read
 ) -> list:      # {'image', 'caption', 'logprob', 'words': [{'word', 'probability'}], 'figure'} for each photo
-    "Captions of any photos, and a figure of each. Raises `UserError` where no photo can be read, or none looked at."
+    "Captions of any photos, and a figure of each. Raises `UserError` where none can be read, or none looked at."
     from matplotlib.pyplot import close
     check_looks(run.model)
     if batch_size < 1: raise UserError(f'batch_size {batch_size}: must be at least 1')
     folder, rows, wrong = Path(folder), [], []
     old = lambda p: p.parent.resolve() == folder.resolve() and re.search(r'_words(-\d+)?\.png$', p.name)
-    if not (photos := [p for p in list_images(paths) if not old(p)]): raise UserError(f'{folder}: only figures of ours')
+    if not (photos := [p for p in list_images(paths) if not old(p)]): raise UserError(f'{folder}: figures, no photos')
     files = dict(zip(photos, figure_files(photos, folder)))
     for i in range(0, len(photos), batch_size):
         if not (good := read_photos(photos[i:i + batch_size], ImageTransform(run.config.image_size), wrong)): continue
@@ -198,18 +199,20 @@ def without(
     vectors: torch.Tensor,  # [P, D], what the decoder looks at in one photo, from `model.encode`
     tokens: torch.Tensor,   # ids [T+1], BOS … EOS, its caption
     word: torch.Tensor,     # which words to ask about, from 0 [R]; may repeat
-    hidden: torch.Tensor,   # for each of them the places that are taken away [R, k], k < P
+    hidden: torch.Tensor,   # for each of them the places that are taken away [R, k], none twice, k < P
     whole: bool = False,    # may the average, where the fusion tells it, have all places nevertheless?
 ) -> torch.Tensor:          # [R]
     "The log probability of words in a caption, when some places of the photo are not there"
-    (R, k), P, row = hidden.shape, len(vectors), torch.arange(len(hidden))
+    (R, k), P = hidden.shape, len(vectors)
     if k >= P: raise UserError(f'{k} of {P} places taken away: one must be left to look at')
-    left = torch.ones(R, P, dtype=torch.bool).scatter(1, hidden, False).nonzero()[:, 1].view(R, P - k)
+    tokens, word, hidden, row = (x.to(vectors.device) for x in (tokens, word, hidden, torch.arange(R)))
+    there = torch.ones(R, P, dtype=torch.bool, device=vectors.device).scatter(1, hidden, False)
+    left = there.nonzero()[:, 1].view(R, P - k)                          # the places that remain
     pick = lambda x: x[0][:, left].transpose(0, 1)                       # [1, h, P, d] → [R, h, P-k, d]
     keys_values = tuple((pick(k), pick(v)) for k, v in model.remember(vectors[None]).keys_values)
     memory = Memory(vectors.expand(R, -1, -1) if whole else vectors[left], keys_values)
     next_word = model.hidden(tokens[:-1].expand(R, -1), memory)[row, word]                            # [R, D]
-    return model.head(next_word).float().log_softmax(-1)[row, tokens[word + 1]]
+    return model.head(next_word).float().log_softmax(-1)[row, tokens[word + 1]].cpu()
 
 # %% ../nbs/13_explain.ipynb #844ba47d
 @torch.no_grad()
@@ -226,8 +229,8 @@ def drops(
     maps = maps.flatten(1)                                                                            # [T-1, P]
     n, luck = len(maps), torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
     ways = {'most': maps, "another word's": maps.roll(max(1, n//2), 0), 'random': luck, 'least': -maps}
-    hidden = torch.cat([torch.zeros(n, 0, dtype=torch.long), *(m.topk(k).indices for m in ways.values())], 1)
-    word, places = torch.arange(n).repeat(len(ways)), hidden.unflatten(1, (len(ways), k)).transpose(0, 1).flatten(0, 1)
+    places = torch.cat([m.topk(min(k, m.shape[1])).indices for m in ways.values()])                   # [4(T-1), k]
+    word = torch.arange(n).repeat(len(ways))                                                          # [4(T-1)]
     full = without(model, vectors, tokens, torch.arange(n), places[:n, :0])                           # [T-1]
-    left = without(model, vectors, tokens, word, places, whole).unflatten(0, (len(ways), n))          # [ways, T-1]
+    left = without(model, vectors, tokens, word, places, whole).unflatten(0, (len(ways), n))          # [4, T-1]
     return dict(zip(ways, full - left))
