@@ -154,10 +154,12 @@ def mm_caption(
     flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
     batch_size: int = 32,        # photos at a time
     weights: str = None,         # file with the ResNet18's weights, where it lies elsewhere than in training
+    explain: str = None,         # folder for a picture of each photo that shows where the model looked for each word
     device: str = None,          # cpu, cuda, …; the best there is if not given
     json: bool = False,          # print one JSON value
 ):
     "Captions for any photos"
+    from multimodal.explain import explain_photos
     from multimodal.generate import GenerateConfig
     from multimodal.runs import load_run
     if not Path(run).is_dir():
@@ -165,11 +167,12 @@ def mm_caption(
     broken = []
     with quiet():
         trained = load_run(Path(run), weights, device)
-        rows = trained.caption(photos, GenerateConfig(beam=beam, flip=flip), batch_size, broken.append)
+        how = GenerateConfig(beam=beam, flip=flip), batch_size, broken.append
+        rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     for line in broken: aside(line)
     if broken: aside(f'{len(broken)} of {len(broken) + len(rows)} files could not be read')
     if json: return print_json(rows)
-    for r in rows: print(f'{r["image"]}: {r["caption"]}')
+    for r in rows: print(f'{r["image"]}: {r["caption"]}' + (f' ({r["figure"]})' if explain else ''))
 
 # %% ../nbs/40_cli.ipynb #159f0e96
 @command

@@ -51,9 +51,11 @@ def logprobs(
     model: Captioner,
     memory: Memory,        # of the photo of each caption
     tokens: torch.Tensor,  # ids [B, T], BOS … EOS, then PAD
+    temperature: float = 1.,  # at which they are drawn
 ) -> torch.Tensor:         # [B]
     "The log of the probability of whole captions"
-    steps = model.head(model.hidden(tokens[:, :-1], memory)).float().log_softmax(-1)               # [B, T-1, V]
+    logits = model.head(model.hidden(tokens[:, :-1], memory)).float()                              # [B, T-1, V]
+    steps = (logits/temperature).log_softmax(-1)
     chosen = steps.gather(-1, tokens[:, 1:, None])[..., 0]                                         # [B, T-1]
     return (chosen*(tokens[:, 1:] != PAD)).sum(1)
 
@@ -90,7 +92,8 @@ class PaidLoss:
         pay,                  # (ids [N*K, T], batch) → [N, K]
         samples: int = 5,     # K, captions drawn of each photo
         max_words: int = 30,
-    ): self.pay, self.samples, self.max_words = pay, samples, max_words
+        temperature: float = 1.,  # at which they are drawn
+    ): self.pay, self.samples, self.max_words, self.temperature = pay, samples, max_words, temperature
 
     def __call__(self, model: Captioner, batch: Batch) -> tuple:  # (sum to minimise, number of photos, {name: sum})
         n, memory = len(batch.images), model.remember(model.encode(batch.images))
@@ -98,10 +101,11 @@ class PaidLoss:
             paid = self.pay(write(model, memory, GenerateConfig('greedy', max_len=self.max_words)), batch).sum()
             return -paid, n, {'loss': -paid, 'paid': paid}
         memory = memory.select(torch.arange(n, device=batch.images.device).repeat_interleave(self.samples))
-        seed = int(torch.randint(2**31, (1,)))
-        tokens = write(model, memory, GenerateConfig('sample', max_len=self.max_words, seed=seed))
+        how = dict(max_len=self.max_words, seed=int(torch.randint(2**31, (1,))), temperature=self.temperature)
+        tokens = write(model, memory, GenerateConfig('sample', **how))
         paid = self.pay(tokens, batch)                                                             # [N, K]
-        loss = -(advantages(paid).flatten()*logprobs(model, memory, tokens)).sum()/self.samples
+        logp = logprobs(model, memory, tokens, self.temperature)                                   # [N*K]
+        loss = -(advantages(paid).flatten()*logp).sum()/self.samples
         return loss, n, {'loss': -paid.mean(1).sum(), 'paid': paid.mean(1).sum()}
 
 # %% ../nbs/12a_scst.ipynb #d1ef9bac
@@ -112,8 +116,8 @@ def paid_loss(
     "What self-critical training minimises. Raises `UserError` where no captions are to be drawn."
     if not config.samples: raise UserError('samples=0: self-critical training draws captions of each photo; take 5')
     encode = batches.dataset.encode
-    return PaidLoss(CiderPay([[encode(c) for c in item.captions] for item in batches.dataset.items]), config.samples,
-                    min(30, config.max_words))
+    pay = CiderPay([[encode(c) for c in item.captions] for item in batches.dataset.items])
+    return PaidLoss(pay, config.samples, min(30, config.max_words), config.temperature)
 
 SCST = replace(CAPTIONS, loss=paid_loss)
 train_scst = partial(train_run, SCST)  # (data, run folder, `RunConfig`, …, init=run folder) → `Run`

@@ -331,6 +331,20 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
     assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err
 
 
+def test_captions_are_explained_by_pictures(run, home, tmp_path, capsys):
+    from multimodal.cli import mm_caption
+    shown = [str(p) for p in photos(home, 2)]
+    (tmp_path/'broken.jpg').write_text('no photo')
+    mm_caption([*shown, str(tmp_path/'broken.jpg')], run=str(run), explain=str(tmp_path/'looks'), device='cpu', json=True)
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert [r['image'] for r in rows] == shown and 'broken.jpg' in err
+    assert {Path(r['figure']) for r in rows} == set((tmp_path/'looks').iterdir())
+    plain = (mm_caption(shown, run=str(run), device='cpu', json=True), json.loads(capsys.readouterr().out))[1]
+    assert [r['caption'] for r in rows] == [r['caption'] for r in plain]
+    for r in rows: assert [w['word'] for w in r['words']][:-1] == r['caption'].split() and all(0 < w['probability'] <= 1 for w in r['words'])
+
+
 def test_what_mm_caption_prints_can_be_scored(capsys, tmp_path):
     from multimodal.cli import mm_score
     ours = [{'image': f'some/where/{n}.jpg', 'caption': c, 'logprob': -1.} for n, c in (('b', 'a big cat'), ('a', 'a dog'))]
