@@ -127,4 +127,5 @@ def scst_recipe(
     config: RunConfig,  # of the captioner that learns on
 ) -> RunConfig:
     "Settings for self-critical training after those of a captioner"
-    return replace(config, samples=5, captions_per_image=0, optimizer='adamw', lr=5e-4, epochs=3)
+    return replace(config, samples=5, captions_per_image=0, temperature=.5, dropout=0., feature_dropout=0.,
+                   optimizer='adamw', lr=5e-5, ema=min(config.ema, .99), epochs=3)
