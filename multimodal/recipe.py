@@ -78,7 +78,6 @@ class RunConfig(PhotoConfig):
     ff_mult: int = 4             # width of the decoder's feed-forward layers, in multiples of D
     label_smoothing: float = 0.0
     samples: int = 0             # captions drawn of each photo, which CIDEr then pays; 0: people's words are learned
-    temperature: float = 1.0     # of that drawing: below 1 likely words come more often still
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +86,6 @@ class RunConfig(PhotoConfig):
             raise UserError(f'label_smoothing must be in [0, 1), not {self.label_smoothing!r}')
         if self.samples < 0 or self.samples == 1:
             raise UserError(f'samples must be 0, or 2 and more to be compared, not {self.samples}')
-        if not self.temperature > 0: raise UserError(f'temperature must be above 0, not {self.temperature!r}')
         if self.samples and self.captions_per_image:
             raise UserError('samples are paid by all captions of a photo: captions_per_image must be 0')
 

@@ -51,11 +51,9 @@ def logprobs(
     model: Captioner,
     memory: Memory,        # of the photo of each caption
     tokens: torch.Tensor,  # ids [B, T], BOS … EOS, then PAD
-    temperature: float = 1.,  # at which they are drawn
 ) -> torch.Tensor:         # [B]
     "The log of the probability of whole captions"
-    logits = model.head(model.hidden(tokens[:, :-1], memory)).float()                              # [B, T-1, V]
-    steps = (logits/temperature).log_softmax(-1)
+    steps = model.head(model.hidden(tokens[:, :-1], memory)).float().log_softmax(-1)               # [B, T-1, V]
     chosen = steps.gather(-1, tokens[:, 1:, None])[..., 0]                                         # [B, T-1]
     return (chosen*(tokens[:, 1:] != PAD)).sum(1)
 
@@ -92,8 +90,7 @@ class PaidLoss:
         pay,                  # (ids [N*K, T], batch) → [N, K]
         samples: int = 5,     # K, captions drawn of each photo
         max_words: int = 30,
-        temperature: float = 1.,  # at which they are drawn
-    ): self.pay, self.samples, self.max_words, self.temperature = pay, samples, max_words, temperature
+    ): self.pay, self.samples, self.max_words = pay, samples, max_words
 
     def __call__(self, model: Captioner, batch: Batch) -> tuple:  # (sum to minimise, number of photos, {name: sum})
         n, memory = len(batch.images), model.remember(model.encode(batch.images))
@@ -101,10 +98,10 @@ class PaidLoss:
             paid = self.pay(write(model, memory, GenerateConfig('greedy', max_len=self.max_words)), batch).sum()
             return -paid, n, {'loss': -paid, 'paid': paid}
         memory = memory.select(torch.arange(n, device=batch.images.device).repeat_interleave(self.samples))
-        how = dict(max_len=self.max_words, seed=int(torch.randint(2**31, (1,))), temperature=self.temperature)
-        tokens = write(model, memory, GenerateConfig('sample', **how))
+        seed = int(torch.randint(2**31, (1,)))
+        tokens = write(model, memory, GenerateConfig('sample', max_len=self.max_words, seed=seed))
         paid = self.pay(tokens, batch)                                                             # [N, K]
-        logp = logprobs(model, memory, tokens, self.temperature)                                   # [N*K]
+        logp = logprobs(model, memory, tokens)                                                     # [N*K]
         loss = -(advantages(paid).flatten()*logp).sum()/self.samples
         return loss, n, {'loss': -paid.mean(1).sum(), 'paid': paid.mean(1).sum()}
 
@@ -117,7 +114,7 @@ def paid_loss(
     if not config.samples: raise UserError('samples=0: self-critical training draws captions of each photo; take 5')
     encode = batches.dataset.encode
     pay = CiderPay([[encode(c) for c in item.captions] for item in batches.dataset.items])
-    return PaidLoss(pay, config.samples, min(30, config.max_words), config.temperature)
+    return PaidLoss(pay, config.samples, min(30, config.max_words))
 
 SCST = replace(CAPTIONS, loss=paid_loss)
 train_scst = partial(train_run, SCST)  # (data, run folder, `RunConfig`, …, init=run folder) → `Run`
@@ -127,5 +124,5 @@ def scst_recipe(
     config: RunConfig,  # of the captioner that learns on
 ) -> RunConfig:
     "Settings for self-critical training after those of a captioner"
-    return replace(config, samples=5, captions_per_image=0, temperature=.5, dropout=0., feature_dropout=0.,
-                   optimizer='adamw', lr=5e-5, ema=min(config.ema, .99), epochs=3)
+    return replace(config, samples=5, captions_per_image=0, dropout=0., feature_dropout=0., optimizer='adamw', lr=2e-5,
+                   ema=min(config.ema, .99), epochs=3)

@@ -92,16 +92,6 @@ def test_the_log_probability_has_the_gradient_of_the_caption_alone(model):
         torch.testing.assert_close(alone[0], both[i], atol=1e-4, rtol=0)
 
 
-def test_a_temperature_divides_the_logits(model):
-    _, batch = captions_and_batch()
-    memory = model.eval().remember(model.encode(batch.images))
-    drawn = write(model, memory, GenerateConfig('sample', max_len=8, seed=3))
-    for T in .25, 1., 4.:
-        each = model.head(model.hidden(drawn[:, :-1], memory)).double()/T
-        by_hand = [sum(float(each[i, t].log_softmax(-1)[k]) for t, k in enumerate(row[1:].tolist()) if k != PAD) for i, row in enumerate(drawn)]
-        torch.testing.assert_close(logprobs(model, memory, drawn, T).double(), torch.tensor(by_hand).double(), atol=1e-4, rtol=0)
-
-
 def test_a_paid_run_that_was_stopped_is_the_one_that_was_not(tmp_path):
     data, quiet = load_dataset(make_shapes(tmp_path/'shapes', n=60, size=32, p_two=0.)), lambda line: None
     small = RunConfig(data='shapes', weights='none', trainable='all', stage=1, image_size=32, embedding_dim=32, n_layers=1, epochs=1, min_count=1)
