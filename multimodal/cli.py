@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fastcore.script import Param
 
-from .core import UserError, aside
+from .core import UserError
 from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
-                                 print_json, quiet, say_what_is_missing, settings)
+                                 print_json, quiet, say_left_out, say_what_is_missing, settings)
 from .wiring import config_to_train, data_to_measure, draw_file, in_words, measure, task_of, what_next
 
 # %% ../nbs/40_cli.ipynb #476d5776
@@ -164,15 +164,13 @@ def mm_caption(
     from multimodal.runs import load_run
     if not Path(run).is_dir():
         raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
-    broken = []
+    how = GenerateConfig(beam=beam, flip=flip), batch_size, (broken := []).append
     with quiet():
         trained = load_run(Path(run), weights, device)
-        how = GenerateConfig(beam=beam, flip=flip), batch_size, broken.append
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
-    for line in broken: aside(line)
-    if broken: aside(f'{len(broken)} of {len(broken) + len(rows)} files could not be read')
+    say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)
-    for r in rows: print(f'{r["image"]}: {r["caption"]}' + (f' ({r["figure"]})' if explain else ''))
+    for r in rows: print(f'{r["image"]}: {r["caption"]}', *([r['figure']] if explain else []), sep=', ')
 
 # %% ../nbs/40_cli.ipynb #159f0e96
 @command

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'short_waits', 'spell_out', 'stop_behind', 'leave', 'plain', 'print_json', 'quiet', 'table',
-           'say_what_is_missing', 'between_limits', 'judge_drawn', 'home', 'is_drawn', 'open_data', 'settings',
-           'changed', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
+           'say_what_is_missing', 'say_left_out', 'between_limits', 'judge_drawn', 'home', 'is_drawn', 'open_data',
+           'settings', 'changed', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
 
 # %% ../nbs/39c_terminal.ipynb #4c144275
 import errno, json, math, os, re, sys
@@ -98,6 +98,12 @@ def say_what_is_missing(scores: dict):
     for name, line in why.items():
         if scores.get(name, 0) is None: aside(line)
 
+def say_left_out(lines: list, n: int):
+    "Each line on standard error, and how many of n files they are"
+    for line in lines: aside(line)
+    if lines: aside(f'{len(lines)} of {n} files could not be read')
+
+# %% ../nbs/39c_terminal.ipynb #64d07653
 def between_limits(scores: dict, name: str='this run') -> str:  # for a terminal
     "Scores between floor and ceiling, as far as there are any; the last two against the same references"
     rows = {'floor (a constant)': scores['floor'], name: scores, 'one reference fewer': scores['one_fewer'],
