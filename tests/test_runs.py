@@ -77,7 +77,8 @@ def test_an_optimizer_of_another_model_is_one_clear_line(copy, data, tmp_path):
 
 plain = {int: st.integers(1, 8), bool: st.just(False), str: st.text('abc/', max_size=5), float: st.floats(0.001, 0.99)}
 free = {f.name: plain[type(f.default)] for f in fields(RunConfig)
-        if f.name not in ('fusion', 'stage', 'pool', 'trainable', 'views', 'precision', 'optimizer', 'image_size', 'n_heads')}
+        if f.name not in ('fusion', 'stage', 'pool', 'trainable', 'views', 'precision', 'optimizer', 'image_size', 'n_heads',
+                          'samples')}
 
 
 @given(st.fixed_dictionaries({}, optional=free))
