@@ -24,7 +24,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['multimodal', 'multimodal.*']),
-    package_data={'multimodal': ['painters/*/*.json*', 'painters/*/best/*']},
+    package_data={'multimodal': [f'{kind}/*/{part}' for kind in ('painters', 'captioners') for part in ('*.json*', '*.md', 'best/*')]},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},

@@ -15,7 +15,8 @@ from fastcore.script import Param
 from .core import UserError
 from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_left_out, say_what_is_missing, settings)
-from .wiring import config_to_train, data_to_measure, draw_file, in_words, measure, task_of, what_next
+from .wiring import (ask, config_to_train, data_to_measure, draw_file, in_words, measure, opened, task_of,
+                               what_next)
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
@@ -73,7 +74,7 @@ def mm_augment(
 def mm_train(
     data: str,                # a data set: a folder, or shapes (shapes:2000 for that many scenes)
     run: str,                 # folder for the run
-    task: str = None,         # what to learn: caption, scst, retrieve or paint; a run that is resumed knows its own
+    task: str = None,         # what to learn: caption, finetune, scst, retrieve or paint; a resumed run knows its own
     init: str = None,         # a run to start from, with its weights and words
     weights: str = None,      # what the ResNet18 starts from: imagenet, the path of a file, or none
     fusion: str = None,       # how words and photo meet: fc, cross or both
@@ -103,6 +104,7 @@ def mm_validate(
     split: str = 'test',   # which of its splits
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
     flip: bool = False,    # average over photo and mirror image: better, unless captions say left and right
+    neighbours: bool = False,  # captions of similar training photos choose among the drafts
     judge: str = None,     # run folder of a finder that judges the pictures of a painter; drawn scenes need none
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,    # cpu, cuda, …; the best there is if not given
@@ -111,10 +113,9 @@ def mm_validate(
 ):
     "How good a run is: caption metrics between limits; a finder's recall beside chance; a painter's drawings, judged"
     from multimodal.results import check_name, write_result
-    from multimodal.tasks import open_run
     if out: check_name(out)
     with quiet():
-        trained = open_run(task_of(None, run), Path(run), weights, device)
+        trained = opened(run, weights, device, neighbours)
         data, captions = data_to_measure(trained, data)
         scores = measure(trained, captions, split, is_drawn(data), beam, flip, judge, weights)
         if out: write_result(out, scores, trained, captions)
@@ -149,9 +150,10 @@ def mm_score(
 @command
 def mm_caption(
     photos: Photos,
-    run: str = 'runs/flickr8k',  # the run folder of a trained model
+    run: str = None,             # the run folder of a trained model; the captioner that comes with the package if not given
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
     flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
+    neighbours: bool = False,    # captions of similar training photos choose among the drafts; needs those photos, once
     batch_size: int = 32,        # photos at a time
     weights: str = None,         # file with the ResNet18's weights, where it lies elsewhere than in training
     explain: str = None,         # folder for a picture of each photo that shows where the model looked for each word
@@ -161,12 +163,13 @@ def mm_caption(
     "Captions for any photos"
     from multimodal.explain import explain_photos
     from multimodal.generate import GenerateConfig
-    from multimodal.runs import load_run
-    if not Path(run).is_dir():
+    from multimodal.runs import load_run, shipped_captioner
+    if run and not Path(run).is_dir():
         raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
     how = GenerateConfig(beam=beam, flip=flip), batch_size, (broken := []).append
     with quiet():
-        trained = load_run(Path(run), weights, device)
+        trained = load_run(Path(run) if run else shipped_captioner(), weights, device)
+        if neighbours: ask(trained)
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)

@@ -168,10 +168,11 @@ def trained_parts(self: ImageEncoder) -> list:  # parts of the trunk that learn
 
 @patch
 def train(self: ImageEncoder, mode: bool = True):
-    "Training mode, except that frozen parts of the trunk stay in evaluation mode"
+    "Training mode, except for the trunk: only parts of it that learn from random weights"
     nn.Module.train(self, mode)
     self.trunk.eval()
-    for part in self.trained_parts(): part.train(mode)
+    if self.config.weights in ('none', None):
+        for part in self.trained_parts(): part.train(mode)
     return self
 
 # %% ../nbs/04_encoder.ipynb #36dfce7e

@@ -85,7 +85,7 @@ def explain(
     try:
         with torch.no_grad():
             looks = [model.encoder.features(x) for x in (pixels, pixels.flip(-1))[:1 + config.flip]]  # [N, P, C]
-        written = generate(model, looks, config)
+        written = generate(model, looks, config, run.choose)
         tokens = pad([np.array([BOS, *c.ids, EOS]) for c in written]).to(pixels.device)               # [N, T+1]
         logprobs, maps = look_again(model, looks, tokens, block, head)
     finally: model.train(training)

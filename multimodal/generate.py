@@ -162,8 +162,8 @@ def collect(
 def beam_search(
     writing: Writing,  # N photos, and nothing written yet
     config: GenerateConfig,
-) -> list[Caption]:
-    "The best caption found with `beam` drafts side by side, for each photo"
+) -> list[list[Caption]]:
+    "The captions found with `beam` drafts side by side, for each photo, best first"
     N, K, device = writing.n_photos, config.beam, writing.device
     done, captions = [[] for _ in range(N)], [None]*N
     photo, total, words = list(range(N)), torch.zeros(N, 1, device=device), torch.zeros(N, 1, 0, device=device).long()
@@ -177,7 +177,7 @@ def beam_search(
         best = (total[:, 0] / length).tolist()
         on = [b > (d[-1][0] if len(d) == K else -math.inf) for b, d in zip(best, done)]      # is there hope?
         for i in range(n):
-            if not on[i]: captions[photo[i]] = Caption(*done[i][0][1:])
+            if not on[i]: captions[photo[i]] = [Caption(*caption[1:]) for caption in done[i]]
         left, rows = torch.tensor(on, device=device).nonzero()[:, 0], torch.arange(n, device=device)[:, None]*k + parent
         writing.keep(rows[left].flatten(), None if all(on) else left)
         photo, done, total, words = [photo[i] for i in left], [done[i] for i in left], total[left], words[left]
@@ -213,17 +213,20 @@ def generate(
     model: Captioner,
     images,  # pixels [N, 3, H, W] or features [N, P, C]; or a list of such, several looks at the same photos
     config: GenerateConfig = GenerateConfig(),
+    choose=None,  # 'beam': (first look, captions found for each photo, best first, config) → one for each photo
 ) -> list[Caption]:  # one for each photo, in order; `vocab.decode(caption.ids)` gives the sentence
     "A caption for each photo of a batch: never empty, always finished"
     room = model.config.max_len - 1
     if config.max_len > room:
         raise UserError(f'generate: max_len is {config.max_len}, the model has room for {room} words')
     if model.config.vocab_size <= UNK + 1: raise UserError('generate: the vocabulary has no words')
-    search = beam_search if config.method == 'beam' and config.beam > 1 else one_by_one
     looks, training = looks_of(images, config), model.training
     if not len(looks[0]): return []
     model.eval()
     try:
         memories = [model.remember(model.encode(look)) for look in looks]
-        return search(Together([Writing(model, m, config.max_len + 1) for m in memories]), config)
+        writing = Together([Writing(model, m, config.max_len + 1) for m in memories])
+        if config.method != 'beam' or config.beam == 1: return one_by_one(writing, config)
+        found = beam_search(writing, config)
+        return choose(looks[0], found, config) if choose else [captions[0] for captions in found]
     finally: model.train(training)

@@ -48,7 +48,7 @@ class TrainConfig:
     beta2: float = 0.98         # memory of AdamW's average of squared gradients
     optimizer: str = 'adamw'    # 'adamw', or 'muon' for the matrices
     slow: str = ''              # parameters whose name begins so learn more slowly; '': none
-    slow_factor: float = 0.1    # ... namely at this share of the learning rate
+    slow_factor: float = 0.1    # ... namely at this share of the learning rate; 0: not at all
     patience: int = 0           # stop after so many epochs without improvement; 0: never
     ema: float = 0.0            # memory of the averaged weights (say 0.999); 0: no averaging
     precision: str = 'auto'     # 'auto', 'fp32', 'bf16' or 'fp16'
@@ -71,13 +71,15 @@ def param_groups(
     model: torch.nn.Module,
     config: TrainConfig,
 ) -> list:  # one dictionary per group, as `torch.optim.AdamW` takes them, each with its `scale` of the learning rate
-    "Sort the trainable parameters: decay or not, `slow` or not. Raises `UserError` where there are none."
-    groups, slow = {}, config.slow or '\0'                # no name begins with '\0'
+    "Sort the trainable parameters: decay or not, `slow` (or still) or not. Raises `UserError` where there are none."
+    groups, found = {}, not config.slow
     for name, p in model.named_parameters():
-        if p.requires_grad: groups.setdefault((p.ndim >= 2, name.startswith(slow)), []).append(p)
+        is_slow = bool(config.slow) and name.startswith(config.slow)
+        found = found or is_slow and (p.requires_grad or not config.slow_factor)
+        if is_slow and not config.slow_factor: p.requires_grad_(False)
+        if p.requires_grad: groups.setdefault((p.ndim >= 2, is_slow), []).append(p)
+    if not found: raise UserError(f'slow={config.slow!r}: no trainable parameter has a name that begins so')
     if not groups: raise UserError('the model has nothing to train: all its parameters are frozen')
-    if config.slow and not any(is_slow for _, is_slow in groups):
-        raise UserError(f'slow={config.slow!r}: no trainable parameter has a name that begins so')
     return [{'params': ps, 'weight_decay': config.weight_decay if decays else 0.0,
              'scale': config.slow_factor if is_slow else 1.0} for (decays, is_slow), ps in groups.items()]
 

@@ -107,6 +107,23 @@ def test_a_run_starts_from_another(run, capsys, tmp_path, home):
     mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'other'), init=str(tmp_path/'nowhere'), device='cpu')
 
 
+def test_a_captioner_is_fine_tuned(run, capsys, tmp_path, home):
+    from multimodal.cli import mm_train
+    from multimodal.checkpoint import load_tensors
+    first, tuned, paid = (str(tmp_path/name) for name in ('first', 'tuned', 'paid'))
+    mm_train('shapes:60', first, epochs=1, device='cpu', set=SMALL + ['trainable=none'])
+    mm_train('shapes:60', tuned, task='finetune', init=first, epochs=1, device='cpu')
+    kept = json.loads((tmp_path/'tuned'/'config.json').read_text())
+    assert (kept['task'], kept['trainable'], kept['slow'], kept['optimizer']) == ('caption', 'last', 'encoder.trunk', 'muon')
+    mm_train('shapes:60', paid, task='scst', init=tuned, epochs=1, device='cpu', set=['slow=encoder.trunk', 'slow_factor=0'])
+    before, after, last = (load_tensors(tmp_path/name/'best'/'model.safetensors') for name in ('first', 'tuned', 'paid'))
+    differs = lambda a, b, part: any(not a[k].equal(b[k]) for k in a if k.startswith(part) and k.endswith('weight'))
+    assert differs(before, after, 'encoder.trunk') and not differs(after, last, 'encoder.trunk')
+    assert differs(after, last, 'decoder')
+    assert '--init RUN' in mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'other'), task='finetune')
+    assert not (tmp_path/'other').exists()
+
+
 def test_a_captioner_learns_on_for_pay(run, capsys, tmp_path, home):
     from multimodal.cli import mm_caption, mm_train
     paid = tmp_path/'paid'
@@ -329,6 +346,27 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
     mm_score(hyp, [one], json=True)
     out, err = capsys.readouterr()
     assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err
+
+
+def test_neighbours_choose(run, home, tmp_path, capsys, monkeypatch):
+    from multimodal.cli import mm_caption, mm_train, mm_validate
+    import shutil
+    mine, shown = tmp_path/'mine', [str(p) for p in photos(home, 2)]
+    shutil.copytree(run, mine)
+    ask = lambda **kw: (mm_caption(shown, run=str(mine), device='cpu', json=True, **kw), json.loads(capsys.readouterr().out))[1]
+    plain, asked = ask(), ask(neighbours=True)
+    assert (mine/'neighbours.safetensors').exists() and [r['image'] for r in asked] == [r['image'] for r in plain]
+    said = lambda **kw: (mm_validate(str(mine), device='cpu', json=True, **kw), json.loads(capsys.readouterr().out))[1]
+    assert said()['loss'] == said(neighbours=True)['loss']
+    config = json.loads((mine/'config.json').read_text())
+    (mine/'config.json').write_text(json.dumps({**config, 'data': str(tmp_path/'gone')}))
+    assert ask(neighbours=True) == asked                                     # they are kept
+    (mine/'neighbours.safetensors').unlink()
+    assert 'gone' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, device='cpu')
+    (mine/'config.json').write_text(json.dumps({**config, 'data': ''}))
+    assert 'training data' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, device='cpu')
+    mm_train('shapes:60', str(tmp_path/'finder'), task='retrieve', epochs=1, device='cpu', set=SMALL[:3])
+    assert 'no captioner' in mistake(capsys, mm_validate, str(tmp_path/'finder'), neighbours=True, device='cpu')
 
 
 def test_captions_are_explained_by_pictures(run, home, tmp_path, capsys):
