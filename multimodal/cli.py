@@ -15,8 +15,8 @@ from fastcore.script import Param
 from .core import UserError
 from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_left_out, say_what_is_missing, settings)
-from .wiring import (ask, config_to_train, data_to_measure, draw_file, in_words, measure, opened, task_of,
-                               what_next)
+from .wiring import (captioner, config_to_train, data_to_measure, draw_file, in_words, measure, opened,
+                               task_of, what_next)
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
@@ -150,7 +150,7 @@ def mm_score(
 @command
 def mm_caption(
     photos: Photos,
-    run: str = None,             # the run folder of a trained model; the captioner that comes with the package if not given
+    run: str = None,             # the run folder of a trained model; the one that comes with the package if not given
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
     flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
     neighbours: bool = False,    # captions of similar training photos choose among the drafts; needs those photos, once
@@ -163,13 +163,9 @@ def mm_caption(
     "Captions for any photos"
     from multimodal.explain import explain_photos
     from multimodal.generate import GenerateConfig
-    from multimodal.runs import load_run, shipped_captioner
-    if run and not Path(run).is_dir():
-        raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
     how = GenerateConfig(beam=beam, flip=flip), batch_size, (broken := []).append
     with quiet():
-        trained = load_run(Path(run) if run else shipped_captioner(), weights, device)
-        if neighbours: ask(trained)
+        trained = captioner(run, weights, device, neighbours)
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)

@@ -56,12 +56,12 @@ class EncoderConfig:
     stage: int = 4              # last ResNet stage kept, 1 to 4
     below: int = 0              # stages below it that are told too, averaged onto its grid
     pool: str = 'grid'          # 'grid' for a vector per place, 'vector' for their average
-    trainable: str = 'none'     # which part of the trunk learns: 'none', 'last' or 'all'
+    trainable: str = 'none'     # which stages of the trunk learn: 'none', 'last', 'two' (the last two) or 'all'
     image_size: int = 224       # side of the square picture in pixels
     dropout: float = 0.0        # share of features hidden in training, 0 to 1
 
     def __post_init__(self):
-        choices = dict(stage=(1, 2, 3, 4), pool=('grid', 'vector'), trainable=('none', 'last', 'all'))
+        choices = dict(stage=(1, 2, 3, 4), pool=('grid', 'vector'), trainable=('none', 'last', 'two', 'all'))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f'encoder: {name} is {getattr(self, name)!r}, must be one of {allowed}')
@@ -164,7 +164,7 @@ class ImageEncoder(nn.Module):
 # %% ../nbs/04_encoder.ipynb #19c40c6a
 @patch
 def trained_parts(self: ImageEncoder) -> list:  # parts of the trunk that learn
-    return {'none': [], 'last': [self.trunk[-1]], 'all': [self.trunk]}[self.config.trainable]
+    return {'none': [], 'last': [self.trunk[-1]], 'two': [*self.trunk[-2:]], 'all': [self.trunk]}[self.config.trainable]
 
 @patch
 def train(self: ImageEncoder, mode: bool = True):

@@ -60,7 +60,7 @@ class PhotoConfig(DataConfig):
     stage: int = 4               # its last stage kept, 1 to 4
     below: int = 0               # stages under that one that are told too, averaged onto its grid
     pool: str = 'grid'           # 'grid' or 'vector'
-    trainable: str = 'none'      # which part of the ResNet18 learns: 'none', 'last' or 'all'
+    trainable: str = 'none'      # which stages of the ResNet18 learn: 'none', 'last', 'two' or 'all'
     feature_dropout: float = 0.0
 
     def __post_init__(self):

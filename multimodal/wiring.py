@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['known_tasks', 'task_of', 'recipe_for', 'learning_on', 'config_to_train', 'what_next', 'measure_painter',
-           'data_to_measure', 'ask', 'opened', 'measure', 'in_words', 'drawing_sheet', 'check_drawing', 'draw_file']
+           'data_to_measure', 'ask', 'opened', 'captioner', 'measure', 'in_words', 'drawing_sheet', 'check_drawing',
+           'draw_file']
 
 # %% ../nbs/39d_wiring.ipynb #e78d4d2c
 from dataclasses import replace
@@ -118,6 +119,15 @@ def opened(run: str, weights: str | None, device: str | None, neighbours: bool):
     "A run of any task, its neighbours asked if so wished"
     from multimodal.tasks import open_run
     trained = open_run(task_of(None, run), Path(run), weights, device)
+    if neighbours: ask(trained)
+    return trained
+
+def captioner(run: str | None, weights: str | None, device: str | None, neighbours: bool):  # `Run`
+    "The captioner in a run folder, or the one that comes with the package. Raises `UserError` where there is none."
+    from multimodal.runs import load_run, shipped_captioner
+    if run and not Path(run).is_dir():
+        raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
+    trained = load_run(Path(run) if run else shipped_captioner(), weights, device)
     if neighbours: ask(trained)
     return trained
 

@@ -348,6 +348,39 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
     assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err
 
 
+def test_the_captioner_that_comes_along(home, tmp_path, capsys, monkeypatch):
+    import torch
+    from torchvision.models import resnet18
+    from multimodal.cli import mm_caption
+    from multimodal.runs import shipped_captioner
+    photo, weights = str(photos(home)[0]), tmp_path/'some.pth'
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), weights)
+    mm_caption([photo], weights=str(weights), device='cpu', json=True)
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)[0]['caption'].split()) > 2 and 'trained on another ResNet18' in err
+    assert '--run RUN' in mistake(capsys, mm_caption, [photo], weights=str(weights), neighbours=True, device='cpu')
+    def offline(*args, **kw): raise OSError('no network')
+    monkeypatch.setattr('torch.hub.load_state_dict_from_url', offline)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
+    assert 'give the path' in mistake(capsys, mm_caption, [photo], device='cpu')
+    files = [p for p in shipped_captioner().rglob('*') if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 20e6
+    for p in files: assert b'/tmp' not in (text := p.read_bytes()[:5000]) and b'/home' not in text, p
+
+
+def test_the_card_of_the_captioner_is_what_was_measured():
+    from multimodal.core import read_json
+    from multimodal.download import checksum_of
+    from multimodal.results import model_card
+    from multimodal.runs import shipped_captioner
+    folder, result = shipped_captioner(), read_json(Path(__file__).parent.parent/'results'/'flickr8k_shipped.json')
+    note = read_json(folder/'best'/'config.json')['note']
+    assert (folder/'README.md').read_text() == model_card(result, how=note['how'], trunk=note['trunk'])
+    assert result['model']['learned_sha256'] == checksum_of(folder/'best'/'model.safetensors')
+    assert result['scores']['split'] == 'test' and result['scores']['n_images'] == 1000
+
+
 def test_neighbours_choose(run, home, tmp_path, capsys, monkeypatch):
     from multimodal.cli import mm_caption, mm_train, mm_validate
     import shutil

@@ -68,7 +68,7 @@ def test_stages_below_are_averaged_onto_the_grid(net, tmp_path, stage, below):
     assert encoder(x).shape == (2, side**2, 16)
 
 
-@pytest.mark.parametrize('trainable,moves', [('none', set()), ('last', {'layer2'}),
+@pytest.mark.parametrize('trainable,moves', [('none', set()), ('last', {'layer2'}), ('two', {'layer1', 'layer2'}),
                                              ('all', {'conv1', 'bn1', 'layer1', 'layer2'})])
 def test_what_is_frozen_stays_and_what_learns_moves(trainable, moves):
     encoder = make(stage=2, below=1, trainable=trainable).train()

@@ -356,7 +356,7 @@ def test_the_same_file_by_another_route_has_the_same_key(encoder, paths, tmp_pat
     assert build(encoder, [p.relative_to(paths[0].parent) for p in paths], tmp_path/'c').folder == first.folder
 
 
-@pytest.mark.parametrize('trainable', ['last', 'all'])
+@pytest.mark.parametrize('trainable', ['last', 'two', 'all'])
 def test_a_trunk_that_learns_has_no_cache(trainable, paths, tmp_path):
     with pytest.raises(UserError) as raised: build(encoder_of(trainable=trainable), paths, tmp_path/'c')
     one_line(raised, 'learns')
