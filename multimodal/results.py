@@ -138,7 +138,7 @@ On the {n:,} photos of the official {split} split, with a beam of 5, scored by c
 
 It says what is common in its few thousand photos, of dogs, children, sports and water above all: it names things that
 are not there, counts badly, mixes up who does what, and knows few words for anything rare. It calls people men, women,
-boys or girls by what they wear, which is often wrong and never its business. It reads no writing and knows nobody.
+boys or girls by what they wear, which is sometimes wrong. It reads no writing and knows nobody.
 Do not let it decide anything about people. `13a_failures` shows where it fails, with figures.
 """
 

@@ -107,9 +107,8 @@ def data_to_measure(
 def ask(trained):
     "Let a captioner's neighbours choose. Raises `UserError` for other runs, and where its training photos are gone."
     from multimodal.neighbours import ask_neighbours
-    from multimodal.runs import Run, shipped_captioner
+    from multimodal.runs import Run
     if not isinstance(trained, Run): raise UserError(f'--neighbours: {trained.folder} is no captioner')
-    if trained.folder == shipped_captioner(): raise UserError('--neighbours: give --run RUN, with its training photos')
     def learned_from():
         if not trained.config.data: raise UserError(f'--neighbours: {trained.folder} does not name its training data')
         return open_data(trained.config.data)
@@ -127,6 +126,7 @@ def captioner(run: str | None, weights: str | None, device: str | None, neighbou
     from multimodal.runs import load_run, shipped_captioner
     if run and not Path(run).is_dir():
         raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
+    if neighbours and not run: raise UserError('--neighbours: give --run RUN, one whose training photos are here')
     trained = load_run(Path(run) if run else shipped_captioner(), weights, device)
     if neighbours: ask(trained)
     return trained

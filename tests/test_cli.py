@@ -348,7 +348,7 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
     assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err
 
 
-def test_the_captioner_that_comes_along(home, tmp_path, capsys, monkeypatch):
+def test_the_captioner_that_comes_along(run, home, tmp_path, capsys, monkeypatch):
     import torch
     from torchvision.models import resnet18
     from multimodal.cli import mm_caption
