@@ -32,8 +32,8 @@ class Neighbours:
         centre: torch.Tensor,   # what was subtracted before [C]
         tokens: torch.Tensor,   # captions as ids, EOS at the end, then PAD [R, L]
         owners: torch.Tensor,   # the photo of each caption, not falling [R]
-        k: int = 32,            # photos that are asked
-        weight: float = 3.0,    # of what they say, against the logprob per word
+        k: int = 8,             # photos that are asked
+        weight: float = 5.0,    # of what they say, against the logprob per word
     ):
         self.keys, self.centre, self.tokens, self.owners = keys.float(), centre, tokens, owners
         self.k, self.weight, self.table, owner = k, weight, tokens.long().numpy(), owners.long().numpy()
