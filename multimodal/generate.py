@@ -220,13 +220,15 @@ def generate(
     if config.max_len > room:
         raise UserError(f'generate: max_len is {config.max_len}, the model has room for {room} words')
     if model.config.vocab_size <= UNK + 1: raise UserError('generate: the vocabulary has no words')
+    beams = config.method == 'beam' and config.beam > 1
+    if choose and not beams: raise UserError('generate: neighbours choose among drafts of a beam; let it be 2 or more')
     looks, training = looks_of(images, config), model.training
     if not len(looks[0]): return []
     model.eval()
     try:
         memories = [model.remember(model.encode(look)) for look in looks]
         writing = Together([Writing(model, m, config.max_len + 1) for m in memories])
-        if config.method != 'beam' or config.beam == 1: return one_by_one(writing, config)
+        if not beams: return one_by_one(writing, config)
         found = beam_search(writing, config)
         return choose(looks[0], found, config) if choose else [captions[0] for captions in found]
     finally: model.train(training)

@@ -116,7 +116,7 @@ def ask_neighbours(
     data: Callable,  # called without arguments for the `CaptionData` that it learned from, where that is needed
 ) -> Run:            # the same, which from now on asks its neighbours
     "Let the neighbours kept in a run folder choose among captions; where there are none yet, look for them"
-    file = run.folder/'neighbours.safetensors'
+    file = run.folder/'best'/'neighbours.safetensors'          # better weights take the place of all that is in best/
     if not file.exists(): save_neighbours(neighbours_of(run, data()), file)
     run.choose = chooser(run, load_neighbours(file, run))
     return run

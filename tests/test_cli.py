@@ -388,13 +388,14 @@ def test_neighbours_choose(run, home, tmp_path, capsys, monkeypatch):
     shutil.copytree(run, mine)
     ask = lambda **kw: (mm_caption(shown, run=str(mine), device='cpu', json=True, **kw), json.loads(capsys.readouterr().out))[1]
     plain, asked = ask(), ask(neighbours=True)
-    assert (mine/'neighbours.safetensors').exists() and [r['image'] for r in asked] == [r['image'] for r in plain]
+    assert (mine/'best'/'neighbours.safetensors').exists() and [r['image'] for r in asked] == [r['image'] for r in plain]
     said = lambda **kw: (mm_validate(str(mine), device='cpu', json=True, **kw), json.loads(capsys.readouterr().out))[1]
     assert said()['loss'] == said(neighbours=True)['loss']
     config = json.loads((mine/'config.json').read_text())
     (mine/'config.json').write_text(json.dumps({**config, 'data': str(tmp_path/'gone')}))
     assert ask(neighbours=True) == asked                                     # they are kept
-    (mine/'neighbours.safetensors').unlink()
+    assert '2 or more' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, beam=1, device='cpu')
+    (mine/'best'/'neighbours.safetensors').unlink()
     assert 'gone' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, device='cpu')
     (mine/'config.json').write_text(json.dumps({**config, 'data': ''}))
     assert 'training data' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, device='cpu')
