@@ -105,6 +105,7 @@ def mm_validate(
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
     flip: bool = False,    # average over photo and mirror image: better, unless captions say left and right
     neighbours: bool = False,  # captions of similar training photos choose among the drafts
+    also: str = None,      # run folders with commas between them: captioners of the same words that write along
     judge: str = None,     # run folder of a finder that judges the pictures of a painter; drawn scenes need none
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
     device: str = None,    # cpu, cuda, …; the best there is if not given
@@ -115,8 +116,7 @@ def mm_validate(
     from multimodal.results import check_name, write_result
     if out: check_name(out)
     with quiet():
-        trained = opened(run, weights, device, neighbours)
-        data, captions = data_to_measure(trained, data)
+        data, captions = data_to_measure(trained := opened(run, weights, device, neighbours, also), data)
         scores = measure(trained, captions, split, is_drawn(data), beam, flip, judge, weights)
         if out: write_result(out, scores, trained, captions)
     say_what_is_missing(scores)
@@ -154,6 +154,7 @@ def mm_caption(
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
     flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
     neighbours: bool = False,    # captions of similar training photos choose among the drafts; needs those photos, once
+    also: str = None,            # run folders with commas between them: captioners of the same words that write along
     batch_size: int = 32,        # photos at a time
     weights: str = None,         # file with the ResNet18's weights, where it lies elsewhere than in training
     explain: str = None,         # folder for a picture of each photo that shows where the model looked for each word
@@ -165,7 +166,7 @@ def mm_caption(
     from multimodal.generate import GenerateConfig
     how = GenerateConfig(beam=beam, flip=flip), batch_size, (broken := []).append
     with quiet():
-        trained = captioner(run, weights, device, neighbours)
+        trained = captioner(run, weights, device, neighbours, also)
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)

@@ -48,11 +48,13 @@ def given_weights(
 def model_facts(
     trained,  # `TrainedRun`: folder, settings, model and history
 ) -> dict:    # settings, checksums, and how long it learned
-    "Which model this is"
+    "Which model this is, and which others wrote along"
+    others = [model_facts(run) for run in getattr(trained, 'others', ())]
     return {'settings': {k: without_folders(v) for k, v in asdict(trained.config).items()},
             'resnet18_sha256': given_weights(trained),
             'learned_sha256': checksum_of(trained.folder/'best'/'model.safetensors'),
-            'epochs': len(trained.history), 'seconds': trained.history[-1]['seconds'] if trained.history else 0.}
+            'epochs': len(trained.history), 'seconds': trained.history[-1]['seconds'] if trained.history else 0.,
+            **({'others': others} if others else {})}
 
 # %% ../nbs/38_results.ipynb #ac5413ff
 def program_facts() -> dict:  # command, versions, processor cores, date

@@ -29,6 +29,7 @@ from .tasks import Task, TrainedRun, open_run, say_skipped, train_run
 class Run(TrainedRun):
     "A trained captioner, ready to write."
     choose: Callable | None = None  # among the captions that a beam finds, as `generate` takes it
+    others: tuple = ()              # runs whose captioners write together with this one, as parts of its model
 
 def build_captioner(config: RunConfig, n_words: int) -> Captioner: return Captioner(config.captioner(n_words))
 

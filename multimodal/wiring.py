@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['known_tasks', 'task_of', 'recipe_for', 'learning_on', 'config_to_train', 'what_next', 'measure_painter',
-           'data_to_measure', 'ask', 'opened', 'captioner', 'measure', 'in_words', 'drawing_sheet', 'check_drawing',
-           'draw_file']
+           'data_to_measure', 'ask', 'joined', 'opened', 'captioner', 'measure', 'in_words', 'drawing_sheet',
+           'check_drawing', 'draw_file']
 
 # %% ../nbs/39d_wiring.ipynb #e78d4d2c
 from dataclasses import replace
@@ -114,22 +114,32 @@ def ask(trained):
         return open_data(trained.config.data)
     ask_neighbours(trained, learned_from)
 
-def opened(run: str, weights: str | None, device: str | None, neighbours: bool):  # a `TrainedRun`
-    "A run of any task, its neighbours asked if so wished"
+# %% ../nbs/39d_wiring.ipynb #ddd1666a
+def joined(trained, also: str | None, weights: str | None, device: str | None):  # `TrainedRun`
+    "A captioner with others, named with commas between them, or any run alone. Raises `UserError` for what cannot be."
+    from multimodal.ensemble import together
+    from multimodal.runs import Run, load_run
+    if not also: return trained
+    if not isinstance(trained, Run): raise UserError(f'--also: {trained.folder} is no captioner')
+    return together([trained, *(load_run(Path(name), weights, device) for name in also.split(',') if name)])
+
+# %% ../nbs/39d_wiring.ipynb #f4d73443
+def opened(run: str, weights: str | None, device: str | None, neighbours: bool, also: str | None = None):
+    "A `TrainedRun` of any task, its neighbours asked if so wished, with others if there are any"
     from multimodal.tasks import open_run
     trained = open_run(task_of(None, run), Path(run), weights, device)
     if neighbours: ask(trained)
-    return trained
+    return joined(trained, also, weights, device)
 
-def captioner(run: str | None, weights: str | None, device: str | None, neighbours: bool):  # `Run`
-    "The captioner in a run folder, or the one that comes with the package. Raises `UserError` where there is none."
+def captioner(run: str | None, weights: str | None, device: str | None, neighbours: bool, also: str | None = None):
+    "The `Run` in a folder, or that which comes with the package. Raises `UserError` where there is none."
     from multimodal.runs import load_run, shipped_captioner
     if run and not Path(run).is_dir():
         raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
     if neighbours and not run: raise UserError('--neighbours: give --run RUN, one whose training photos are here')
     trained = load_run(Path(run) if run else shipped_captioner(), weights, device)
     if neighbours: ask(trained)
-    return trained
+    return joined(trained, also, weights, device)
 
 # %% ../nbs/39d_wiring.ipynb #e9844203
 def measure(

@@ -403,6 +403,27 @@ def test_neighbours_choose(run, home, tmp_path, capsys, monkeypatch):
     assert 'no captioner' in mistake(capsys, mm_validate, str(tmp_path/'finder'), neighbours=True, device='cpu')
 
 
+def test_captioners_write_together(run, home, tmp_path, capsys):
+    from multimodal.cli import mm_caption, mm_train, mm_validate
+    other, shown, file = str(tmp_path/'other'), [str(p) for p in photos(home, 2)], tmp_path/'both.json'
+    mm_train('shapes:60', other, epochs=1, seed=1, device='cpu', set=SMALL)
+    mm_validate(str(run), also=other, out=str(file), device='cpu')
+    kept = json.loads(file.read_text())
+    assert [m['settings']['seed'] for m in (kept['model'], *kept['model']['others'])] == [0, 1]
+    capsys.readouterr()
+    losses = [(mm_validate(r, device='cpu', json=True), json.loads(capsys.readouterr().out))[1]['loss'] for r in (str(run), other)]
+    assert kept['scores']['loss'] < sum(losses)/2 and 'others' not in json.dumps(losses)
+    mm_caption(shown, run=str(run), also=other, neighbours=True, device='cpu', json=True)
+    assert [r['image'] for r in json.loads(capsys.readouterr().out)] == shown
+    assert 'one alone explain' in mistake(capsys, mm_caption, shown, run=str(run), also=other, explain=str(tmp_path/'looks'), device='cpu')
+    assert not (tmp_path/'looks').exists()
+    assert 'nowhere' in mistake(capsys, mm_caption, shown, run=str(run), also=f'{other},{tmp_path}/nowhere', device='cpu')
+    finder = str(tmp_path/'finder')
+    mm_train('shapes:60', finder, task='retrieve', epochs=1, device='cpu', set=SMALL[:3])
+    assert 'no captioner' in mistake(capsys, mm_validate, finder, also=other, device='cpu')
+    assert '--task retrieve' in mistake(capsys, mm_validate, str(run), also=finder, device='cpu')
+
+
 def test_captions_are_explained_by_pictures(run, home, tmp_path, capsys):
     from multimodal.cli import mm_caption
     shown = [str(p) for p in photos(home, 2)]
