@@ -163,10 +163,9 @@ def mm_caption(
 ):
     "Captions for any photos"
     from multimodal.explain import explain_photos
-    from multimodal.generate import GenerateConfig
-    how = GenerateConfig(beam=beam, flip=flip), batch_size, (broken := []).append
     with quiet():
         trained = captioner(run, weights, device, neighbours, also)
+        how = trained.how(beam=beam, flip=flip), batch_size, (broken := []).append
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)

@@ -72,13 +72,13 @@ def look_again(
 def explain(
     run: Run,
     photos: list,  # pictures (PIL), or tensors [3, H, W] as `ImageTransform` makes them
-    config: GenerateConfig = GenerateConfig(),
+    config: GenerateConfig | None = None,  # how to write; None: as the run does
     block=None, head=None,     # of which to give the maps, as for `choose`; None: the mean of all
 ) -> list[Explained]:  # one for each photo
     "Captions as `Run.caption` writes them, word by word. Raises `UserError` where the model looks nowhere."
     check_looks(run.model)
     if not photos: return []
-    transform, model, config = ImageTransform(run.config.image_size), run.model, run.fit(config)
+    transform, model, config = ImageTransform(run.config.image_size), run.model, run.how(config)
     pixels = torch.stack([p if torch.is_tensor(p) else transform(p) for p in photos])                 # [N, 3, H, W]
     pixels, training = pixels.to(next(model.parameters()).device), model.training
     model.eval()
@@ -161,7 +161,7 @@ def explain_photos(
     run: Run,
     paths,   # a photo, a folder, or a list of both
     folder,  # where figures go; made if need be
-    config: GenerateConfig = GenerateConfig(),
+    config: GenerateConfig | None = None,  # how to write; None: as the run does
     batch_size: int = 32,
     say=aside,  # called with a line for each file that cannot be read
 ) -> list:      # {'image', 'caption', 'logprob', 'words': [{'word', 'probability'}], 'figure'} for each photo

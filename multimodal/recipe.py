@@ -78,6 +78,7 @@ class RunConfig(PhotoConfig):
     ff_mult: int = 4             # width of the decoder's feed-forward layers, in multiples of D
     label_smoothing: float = 0.0
     samples: int = 0             # captions drawn of each photo, which CIDEr then pays; 0: people's words are learned
+    length_penalty: float = 0.35 # when it writes: drafts of a beam are ranked by logprob / length**length_penalty
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from .core import UserError
 from .encoder import ImageTransform
-from .generate import GenerateConfig, generate
+from .generate import generate
 from .judges import as_photo
 from .painter import PaintRun
 from .runs import Run
@@ -26,7 +26,7 @@ def tell(
 ) -> list:                   # a caption for each
     "Captions of pictures that are in memory"
     transform, device = ImageTransform(captioner.config.image_size), next(captioner.model.parameters()).device
-    pixels, how = torch.stack([transform(as_photo(p)) for p in pictures]), captioner.fit(GenerateConfig())
+    pixels, how = torch.stack([transform(as_photo(p)) for p in pictures]), captioner.how()
     written = [c for part in pixels.split(batch_size) for c in generate(captioner.model, part.to(device), how)]
     return [captioner.vocab.decode(c.ids) for c in written]
 

@@ -51,20 +51,21 @@ def shipped_captioner() -> Path:  # a run folder
 
 # %% ../nbs/10c_runs.ipynb #e2ce2bd4
 @patch
-def fit(self: Run, config: GenerateConfig) -> GenerateConfig:
-    "How to write, but no more words than there were in training."
+def how(self: Run, config: GenerateConfig | None = None, **asked) -> GenerateConfig:
+    "How to write: with the run's own length penalty where nobody asks for another; no more words than in training."
+    config = config or GenerateConfig(**{'length_penalty': self.config.length_penalty, **asked})
     return replace(config, max_len=min(config.max_len, self.config.max_words))
 
 # %% ../nbs/10c_runs.ipynb #1d02b57c
 @patch
 def caption(self: Run,
     paths,                                       # a photo, a folder, or a list of both
-    config: GenerateConfig = GenerateConfig(),
+    config: GenerateConfig | None = None,       # how to write; None: as `how` says
     batch_size: int = 32,
     say=aside,                                   # called with a line for each file that cannot be read
 ) -> list:                                       # {'image', 'caption', 'logprob'} for each photo
     "Captions of any photos. Raises `UserError` where not a single one can be read."
-    paths, rows, wrong, config = list_images(paths), [], [], self.fit(config)
+    paths, rows, wrong, config = list_images(paths), [], [], self.how(config)
     if batch_size < 1: raise UserError(f'batch_size {batch_size}: must be at least 1')
     transform, device = ImageTransform(self.config.image_size), next(self.model.parameters()).device
     for i in range(0, len(paths), batch_size):
@@ -86,7 +87,7 @@ def caption(self: Run,
 def predict(self: Run,
     data: CaptionData,
     split: str = 'test',
-    config: GenerateConfig = GenerateConfig(),
+    config: GenerateConfig | None = None,       # how to write; None: as `how` says
     batch_size: int = 64,                       # photos
     say=aside,                                  # called with a line if photos cannot be read
 ) -> tuple:  # rows {'image', 'caption', 'logprob', 'references'}, and the teacher-forced means
@@ -94,7 +95,7 @@ def predict(self: Run,
     if not data.splits.get(split):
         raise UserError(f'{data.name} has no {split} split; it has {", ".join(data.splits) or "none"}')
     dataset = CaptionDataset(data[split], self.vocab, ImageTransform(self.config.image_size), self.config.max_words)
-    written, sums, device, config = [], {}, next(self.model.parameters()).device, self.fit(config)
+    written, sums, device, config = [], {}, next(self.model.parameters()).device, self.how(config)
     say_skipped(dataset, say)
     for batch in make_loader(dataset, batch_size):
         with torch.no_grad():
@@ -112,7 +113,7 @@ def predict(self: Run,
 def evaluate(self: Run,
     data: CaptionData,
     split: str = 'test',
-    config: GenerateConfig = GenerateConfig(),
+    config: GenerateConfig | None = None,       # how to write; None: as `how` says
     batch_size: int = 64,
     limits: bool = False,  # also intervals, floor, ceiling, and the captions against the references of the ceiling
     judge=None,            # called with the rows of `predict`; what it returns, a dictionary, is added

@@ -48,12 +48,13 @@ def recipe_for(task, data: str, given: dict):  # settings of the task
 # %% ../nbs/39d_wiring.ipynb #6fd3a563
 def learning_on(task, config):  # settings of a run that another starts from → settings of the task
     "What a recipe that goes on from a captioner changes"
-    from multimodal.recipe import finetune_recipe
+    from multimodal.recipe import RunConfig, finetune_recipe
     from multimodal.runs import FINETUNE
     from multimodal.scst import SCST, scst_recipe
-    if task is FINETUNE: return finetune_recipe(config)
-    if task is SCST: return config if config.samples else scst_recipe(config)
-    return replace(config, samples=0) if getattr(config, 'samples', 0) else config
+    paid = getattr(config, 'samples', 0)
+    if task is SCST: return config if paid else scst_recipe(config)
+    if paid: config = replace(config, samples=0, length_penalty=RunConfig.length_penalty)
+    return finetune_recipe(config) if task is FINETUNE else config
 
 # %% ../nbs/39d_wiring.ipynb #f7ddd000
 def config_to_train(
@@ -154,13 +155,12 @@ def measure(
 ) -> dict:
     "All numbers of a run on a split"
     from multimodal.finder import Finder
-    from multimodal.generate import GenerateConfig
     from multimodal.painter import PaintRun
     if isinstance(trained, PaintRun):
         return {'task': 'paint', **measure_painter(trained, data, split, drawn, judge, weights)}
     if judge: raise UserError(f'--judge {judge}: only a painter is judged by another run, and {trained.folder} is none')
     if isinstance(trained, Finder): return {'task': 'retrieve', **trained.evaluate(data, split, flip)}
-    how, truth = GenerateConfig(beam=beam, flip=flip), judge_drawn if drawn else None
+    how, truth = trained.how(beam=beam, flip=flip), judge_drawn if drawn else None
     return {'task': 'caption', **trained.evaluate(data, split, how, limits=True, judge=truth)}
 
 # %% ../nbs/39d_wiring.ipynb #8e927272

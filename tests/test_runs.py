@@ -255,6 +255,16 @@ def test_evaluate_tells_teacher_forced_from_generated(data, trained):
     with pytest.raises(UserError, match='no train2 split; it has'): run.evaluate(data, 'train2')
 
 
+def test_a_run_writes_with_its_own_length_penalty(data, trained):
+    run = load_run(trained, device='cpu')
+    captions = lambda run, **how: [r['caption'] for r in run.predict(data, 'dev', **how)[0]]
+    short, long = (replace(run, config=replace(run.config, length_penalty=p)) for p in (-9., 9.))
+    assert captions(short) == captions(run, config=GenerateConfig(length_penalty=-9.)) != captions(long)
+    assert captions(long) == captions(short, config=long.how()) and short.how(length_penalty=1.).length_penalty == 1.
+    words = lambda run: sum(len(c.split()) for c in captions(run))
+    assert words(short) < words(long)
+
+
 def test_captions_of_many_photos_are_those_of_each(data, trained, tmp_path):
     run = load_run(trained, device='cpu')
     photos = [i.image for i in data['train'][:7]]
