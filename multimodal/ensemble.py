@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Memories', 'Eyes', 'Ensemble', 'grid_of', 'together']
 
-# %% ../nbs/12c_ensemble.ipynb #9460c836
+# %% ../nbs/12c_ensemble.ipynb #3271698d
 from dataclasses import replace
 from typing import NamedTuple
 import torch
@@ -16,7 +16,7 @@ from .core import UserError
 from .halfway import features_of
 from .runs import Run
 
-# %% ../nbs/12c_ensemble.ipynb #2558b990
+# %% ../nbs/12c_ensemble.ipynb #67d9dd47
 class Memories(NamedTuple):
     "All that the decoders of a group need of N photos"
     parts: tuple  # of `Memory`, one for each member
@@ -29,7 +29,7 @@ class Memories(NamedTuple):
     ) -> 'Memories':  # of B photos
         return Memories(tuple(part.select(photos) for part in self.parts))
 
-# %% ../nbs/12c_ensemble.ipynb #d13e6028
+# %% ../nbs/12c_ensemble.ipynb #39eceb6e
 class Eyes(nn.Module):
     "The image encoders of a group as one"
     def __init__(self, encoders: list):
@@ -47,7 +47,7 @@ class Eyes(nn.Module):
     def apart(self, features: torch.Tensor) -> list:                            # [N, P, C] → what each member sees
         return list(features.chunk(len(self.encoders), -1))*(self.members//len(self.encoders))
 
-# %% ../nbs/12c_ensemble.ipynb #fa6beb85
+# %% ../nbs/12c_ensemble.ipynb #1ca6fcac
 class Ensemble(nn.Module):
     "Captioners with the same words as one: their logits are averaged"
     def __init__(self, models: list):  # of `Captioner`, whose grids are alike
@@ -69,7 +69,7 @@ def remember(self: Ensemble, vectors: tuple) -> Memories:
     "What any number of captions of these photos need, computed once"
     return Memories(tuple(m.remember(v) for m, v in zip(self.models, vectors)))
 
-# %% ../nbs/12c_ensemble.ipynb #f1286d96
+# %% ../nbs/12c_ensemble.ipynb #188327da
 @patch
 def hidden(self: Ensemble,
     tokens: torch.Tensor,  # ids [B, T]
@@ -92,13 +92,13 @@ def head(self: Ensemble, hidden: torch.Tensor) -> torch.Tensor:                 
 
 Ensemble.forward = Captioner.forward
 
-# %% ../nbs/12c_ensemble.ipynb #b15b2ad0
+# %% ../nbs/12c_ensemble.ipynb #9b3e3c66
 @patch(as_prop=True)
 def fusion(self: Ensemble):
     "Raises `UserError`: there are several"
     raise UserError('several captioners look in several ways: let one alone explain where it looked')
 
-# %% ../nbs/12c_ensemble.ipynb #354599a0
+# %% ../nbs/12c_ensemble.ipynb #15f1c86b
 def grid_of(run: Run) -> tuple:                  # size of photos in pixels, places, numbers for each
     "How a captioner cuts up photos"
     return run.config.image_size, run.model.encoder.n_patches, run.model.encoder.channels
