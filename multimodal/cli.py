@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.script import Param
 
 from .core import UserError
+from .results import check_name, write_result
 from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_left_out, say_what_is_missing, settings)
 from .wiring import (captioner, config_to_train, data_to_measure, draw_file, in_words, measure, opened,
@@ -105,6 +106,7 @@ def mm_validate(
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
     flip: bool = False,    # average over photo and mirror image: better, unless captions say left and right
     neighbours: bool = False,  # captions of similar training photos choose among the drafts
+    draws: int = 0,        # with neighbours: that many captions drawn by lot (say 50) instead of a beam; slow
     also: str = None,      # run folders with commas between them: captioners of the same words that write along
     judge: str = None,     # run folder of a finder that judges the pictures of a painter; drawn scenes need none
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
@@ -113,13 +115,12 @@ def mm_validate(
     json: bool = False,    # print one JSON value
 ):
     "How good a run is: caption metrics between limits; a finder's recall beside chance; a painter's drawings, judged"
-    from multimodal.results import check_name, write_result
     if out: check_name(out)
     with quiet():
         data, captions = data_to_measure(trained := opened(run, weights, device, neighbours, also), data)
-        scores = measure(trained, captions, split, is_drawn(data), beam, flip, judge, weights)
+        scores = measure(trained, captions, split, is_drawn(data), beam, flip, draws, judge, weights)
         if out: write_result(out, scores, trained, captions)
-    say_what_is_missing(scores)
+        say_what_is_missing(scores)
     if json: return print_json(scores)
     print(f'{split} of {data}, {scores["n_images"]} pictures', in_words(scores), sep='\n')
 
@@ -154,6 +155,7 @@ def mm_caption(
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
     flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
     neighbours: bool = False,    # captions of similar training photos choose among the drafts; needs those photos, once
+    draws: int = 0,              # with neighbours: that many captions drawn by lot (say 50) instead of a beam; slow
     also: str = None,            # run folders with commas between them: captioners of the same words that write along
     batch_size: int = 32,        # photos at a time
     weights: str = None,         # file with the ResNet18's weights, where it lies elsewhere than in training
@@ -163,9 +165,10 @@ def mm_caption(
 ):
     "Captions for any photos"
     from multimodal.explain import explain_photos
+    from multimodal.neighbours import way_to_write
     with quiet():
         trained = captioner(run, weights, device, neighbours, also)
-        how = trained.how(beam=beam, flip=flip), batch_size, (broken := []).append
+        how = way_to_write(trained, beam, flip, draws), batch_size, (broken := []).append
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)

@@ -29,12 +29,13 @@ class GenerateConfig:
     top_k: int = 0               # 'sample': only the k likeliest words; 0: all
     top_p: float = 1.0           # 'sample': only the likeliest words that have this probability together
     seed: int = 0                # 'sample': the same seed draws the same captions
+    draws: int = 1               # 'sample': captions drawn of each photo, where somebody chooses among them
     flip: bool = False           # look at the photo's mirror image too, and average; takes twice the time
 
     def __post_init__(self):
         c = self
         wrong = dict(method=c.method not in ('greedy', 'beam', 'sample'), beam=c.beam < 1, min_len=c.min_len < 1,
-                     max_len=c.max_len < c.min_len, no_repeat_ngram=c.no_repeat_ngram < 0,
+                     draws=c.draws < 1, max_len=c.max_len < c.min_len, no_repeat_ngram=c.no_repeat_ngram < 0,
                      temperature=not c.temperature > 0, top_k=c.top_k < 0, top_p=not 0 < c.top_p <= 1)
         for name, bad in wrong.items():
             if bad: raise UserError(f'generate: {name} cannot be {getattr(self, name)!r}')
@@ -203,8 +204,7 @@ def looks_of(
         if len({len(look) for look in images}) != 1: raise UserError('generate: give each look at the same photos')
         return list(images)
     if not config.flip: return [images]
-    if images.dim() != 4: raise UserError('generate: features cannot be flipped; give a list, those of the photos and '
-                                          'those of their mirror images')
+    if images.dim() != 4: raise UserError('generate: features cannot be flipped; give a list, those of mirrors too')
     return [images, images.flip(-1)]
 
 # %% ../nbs/08_generate.ipynb #d0339178
@@ -213,22 +213,23 @@ def generate(
     model: Captioner,
     images,  # pixels [N, 3, H, W] or features [N, P, C]; or a list of such, several looks at the same photos
     config: GenerateConfig = GenerateConfig(),
-    choose=None,  # 'beam': (first look, captions found for each photo, best first, config) → one for each photo
+    choose=None,  # (first look, captions found or drawn for each photo, config) → one for each photo
 ) -> list[Caption]:  # one for each photo, in order; `vocab.decode(caption.ids)` gives the sentence
     "A caption for each photo of a batch: never empty, always finished"
-    room = model.config.max_len - 1
-    if config.max_len > room:
+    if config.max_len > (room := model.config.max_len - 1):
         raise UserError(f'generate: max_len is {config.max_len}, the model has room for {room} words')
     if model.config.vocab_size <= UNK + 1: raise UserError('generate: the vocabulary has no words')
-    beams = config.method == 'beam' and config.beam > 1
-    if choose and not beams: raise UserError('generate: neighbours choose among drafts of a beam; let it be 2 or more')
+    K = {'beam': config.beam, 'sample': config.draws}.get(config.method, 1)
+    if choose and K < 2: raise UserError('generate: one chooses among several: let the beam be 2 or more')
     looks, training = looks_of(images, config), model.training
     if not len(looks[0]): return []
     model.eval()
     try:
         memories = [model.remember(model.encode(look)) for look in looks]
+        rows = torch.arange(len(looks[0]), device=looks[0].device).repeat_interleave(K)
+        if config.method == 'sample' and K > 1: memories = [m.select(rows) for m in memories]
         writing = Together([Writing(model, m, config.max_len + 1) for m in memories])
-        if not beams: return one_by_one(writing, config)
-        found = beam_search(writing, config)
+        if config.method == 'beam' and K > 1: found = beam_search(writing, config)
+        else: found = list(zip(*[iter(one_by_one(writing, config))]*K))
         return choose(looks[0], found, config) if choose else [captions[0] for captions in found]
     finally: model.train(training)

@@ -150,17 +150,19 @@ def measure(
     drawn: bool,   # drawn scenes, which can be checked by rule
     beam: int,     # captions kept side by side while writing
     flip: bool,    # look at mirror images too
+    draws: int = 0,              # captions drawn instead of a beam
     judge: str | None = None,    # run folder of a finder that judges what a painter paints
     weights: str | None = None,  # of that finder's ResNet18, where they lie elsewhere than in training
 ) -> dict:
     "All numbers of a run on a split"
     from multimodal.finder import Finder
+    from multimodal.neighbours import way_to_write
     from multimodal.painter import PaintRun
     if isinstance(trained, PaintRun):
         return {'task': 'paint', **measure_painter(trained, data, split, drawn, judge, weights)}
     if judge: raise UserError(f'--judge {judge}: only a painter is judged by another run, and {trained.folder} is none')
     if isinstance(trained, Finder): return {'task': 'retrieve', **trained.evaluate(data, split, flip)}
-    how, truth = trained.how(beam=beam, flip=flip), judge_drawn if drawn else None
+    how, truth = way_to_write(trained, beam, flip, draws), judge_drawn if drawn else None
     return {'task': 'caption', **trained.evaluate(data, split, how, limits=True, judge=truth)}
 
 # %% ../nbs/39d_wiring.ipynb #8e927272

@@ -396,6 +396,9 @@ def test_neighbours_choose(run, home, tmp_path, capsys, monkeypatch):
     config = json.loads((mine/'config.json').read_text())
     (mine/'config.json').write_text(json.dumps({**config, 'data': str(tmp_path/'gone')}))
     assert ask(neighbours=True) == asked                                     # they are kept
+    assert [r['image'] for r in ask(neighbours=True, draws=3)] == [r['image'] for r in asked]
+    assert 'add --neighbours' in mistake(capsys, mm_caption, shown, run=str(mine), draws=3, device='cpu')
+    assert 'add --neighbours' in mistake(capsys, mm_validate, str(run), draws=3, device='cpu')
     assert '2 or more' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, beam=1, device='cpu')
     (mine/'best'/'neighbours.safetensors').unlink()
     assert 'gone' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, device='cpu')

@@ -238,6 +238,22 @@ def test_seeds(models):
     assert torch.equal(torch.get_rng_state(), state)      # nobody else's lots are touched
 
 
+def test_several_draws_of_each_photo_to_choose_from(models):
+    model, features, seen = reseed(models['both'], 4), torch.randn(6, 9, 64), []
+    def choose(look, found, config):
+        seen.append((look, found))
+        return [captions[-1] for captions in found]
+    last = generate(model, features, GenerateConfig('sample', draws=4, seed=2), choose)
+    (look, found), = seen
+    assert torch.equal(look, features) and [len(captions) for captions in found] == [4]*6
+    assert last == [captions[-1] for captions in found] and len({tuple(c.ids) for captions in found for c in captions}) > 12
+    generate(model, features, GenerateConfig('sample', draws=3, top_k=1), choose)             # nothing left to luck
+    greedy = [c.ids for c in generate(model, features, GenerateConfig('greedy'))]
+    assert [[c.ids for c in captions] for captions in seen[1][1]] == [[ids]*3 for ids in greedy]
+    with pytest.raises(UserError, match='2 or more'): generate(model, features, GenerateConfig('sample'), choose)
+    with pytest.raises(UserError, match='draws'): GenerateConfig('sample', draws=0)
+
+
 def test_restrict_always_leaves_a_way():
     config = GenerateConfig(max_len=5, min_len=4, no_repeat_ngram=1)
     for t in range(6):

@@ -9,7 +9,7 @@ from multimodal.cider import cider
 from multimodal.core import UserError
 from multimodal.dataloaders import pad
 from multimodal.generate import Caption, GenerateConfig
-from multimodal.neighbours import Neighbours, agreement, chooser, load_neighbours, save_neighbours
+from multimodal.neighbours import Neighbours, agreement, chooser, consensus, load_neighbours, save_neighbours, way_to_write
 from multimodal.text import EOS
 
 C = 6
@@ -62,6 +62,30 @@ def test_they_choose_by_logprob_and_what_they_say():
     assert chooser(run, asked)(look, found, GenerateConfig()) == [found[0][0]]
     asked.weight = 100.
     assert chooser(run, asked)(look, found, GenerateConfig()) == [found[0][1]]
+
+
+def test_draws_judge_one_another_and_neighbours_help():
+    asked, captions = make(k=1, weight=0.)
+    run = SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(n_patches=3, channels=C)))
+    theirs = captions[5][0][:-1].tolist()
+    drawn = [[4, 5, 6, 7], [8, 8], [4, 5, 6, 8], theirs]
+    table, one = pad([np.array([*c, EOS]) for c in drawn]).numpy(), np.zeros(4, int)
+    mine, = consensus(asked, [drawn])
+    assert mine == pytest.approx(cider(table, one, table, one, asked.idf)) and len(consensus(asked, [drawn, drawn[:2]])[1]) == 2
+    found, look = [[Caption(c, -1.) for c in drawn]], asked.keys[5].expand(1, 3, C)
+    choose = lambda: chooser(run, asked)(look, found, GenerateConfig('sample', draws=4))
+    assert choose() == [found[0][mine.argmax()]] != [found[0][3]]
+    asked.weight = 100.
+    assert choose() == [found[0][3]]
+
+
+def test_a_way_to_write():
+    run = SimpleNamespace(choose=None, how=lambda **kw: GenerateConfig(**kw))
+    assert way_to_write(run, 3, True) == GenerateConfig(beam=3, flip=True)
+    with pytest.raises(UserError, match='add --neighbours'): way_to_write(run, draws=9)
+    run.choose = max
+    assert (how := way_to_write(run, draws=9)).method == 'sample' and how.draws == 9
+    with pytest.raises(UserError, match='several'): way_to_write(run, draws=1)
 
 
 def test_what_is_kept_is_the_same(tmp_path):
