@@ -34,7 +34,7 @@ class Neighbours:
         tokens: torch.Tensor,   # captions as ids, EOS at the end, then PAD [R, L]
         owners: torch.Tensor,   # the photo of each caption, not falling [R]
         k: int = 8,             # photos that are asked
-        weight: float = 5.0,    # of what they say, against the logprob per word
+        weight: float = 3.0,    # of what they say, against the logprob per word, or what draws say of one another
     ):
         self.keys, self.centre, self.tokens, self.owners = keys.float(), centre, tokens, owners
         self.k, self.weight, self.table, owner = k, weight, tokens.long().numpy(), owners.long().numpy()
