@@ -120,7 +120,7 @@ def finetune_recipe(
     "Settings for learning on together with the last stage of the ResNet18"
     learns = 'last' if config.trainable == 'none' else config.trainable
     return replace(config, trainable=learns, slow='encoder.trunk', slow_factor=0.5, optimizer='muon', lr=1e-3,
-                   batch_size=64, epochs=10, views='plain,flip', samples=0,
+                   batch_size=64, epochs=6, samples=0,
                    captions_per_image=config.captions_per_image or 2)
 
 # %% ../nbs/10a_recipe.ipynb #012c0418
