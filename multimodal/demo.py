@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'SHAPES', 'DEMO', 'DEMO_SCENES', 'DEMO_SIZE', 'QUICK', 'GREEDY', 'SCORES', 'true_scene', 'is_true', 'judge',
-           'share_true', 'shots', 'curves', 'small_print', 'demo_page', 'evaluate_demo', 'save_pictures', 'train_anew',
-           'other_half', 'best_threads', 'demo']
+           'share_true', 'shots', 'curves', 'small_print', 'demo_page', 'evaluate_demo', 'save_pictures',
+           'save_outcome', 'train_anew', 'other_half', 'eye_step', 'demo']
 
 # %% ../nbs/39b_demo.ipynb #4125b49f
 import shutil, tempfile, time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +25,12 @@ from .metrics import METRICS
 from .painter import load_painter, shipped_painter
 from .recipe import RunConfig
 from .report import Shot, charts, gallery, html_page, line_chart, save_page, scores_table, tiles
+from .results import write_result
 from .roundtrip import round_trip
 from .runs import Run, train_captions
 from .scenes import Scene, same_scene
 from .shapes import make_shapes, parse_caption
+from .threads import best_threads
 
 # %% ../nbs/39b_demo.ipynb #ce956a9c
 SIZE = 48  # pixels of a drawn scene's side
@@ -152,6 +153,27 @@ def save_pictures(
         titles = [f'{s.caption} ({s.note})' if s.note else s.caption for s in some]
         if some: plt.close(show_images(images, titles, path=folder/f'{name}.png'))
 
+# %% ../nbs/39b_demo.ipynb #df49921b
+def save_outcome(
+    out: Path,
+    run: Run,         # the captioner of the demo
+    data,             # the drawn scenes
+    rows: dict,       # split → judged captions
+    scores: dict,     # system → metrics
+    exhibits: list,   # of `Exhibit`
+    seconds: float,   # that all of it took
+) -> Path:            # the report
+    "Pictures, numbers and the report, as files"
+    from multimodal.metrics import constant_caption
+    save_pictures(rows, exhibits, out)
+    same = constant_caption([list(item.captions) for item in data['train'][:200]])
+    numbers = {'task': 'demo', 'split': 'test', 'n_images': len(rows['test']), 'seconds': seconds,
+               'true': {split: share_true(judged) for split, judged in rows.items()},
+               'floor': share_true(judge([{**r, 'caption': same} for r in rows['test']])),
+               'captions': scores, 'exhibits': {e.title: e.facts for e in exhibits}}
+    write_result(out/'results.json', numbers, run, data)
+    return save_page(demo_page(rows, run.history, scores, exhibits, seconds, small_print(run, data)), out/'report.html')
+
 # %% ../nbs/39b_demo.ipynb #6c60414f
 def train_anew(
     train,         # `train_captions` or `train_finder`
@@ -186,23 +208,13 @@ def other_half(
     return [exhibit_search(finder, data), exhibit_drawings(trips), exhibit_circle(trips, clean)]
 
 # %% ../nbs/39b_demo.ipynb #4208edfc
-@contextmanager
-def best_threads(
-    config: RunConfig,     # whose image encoder is tried
-    seconds: float = 0.5,  # for each trial
-):                         # yields the number of threads
-    "Within `with`, PyTorch takes one thread or all of them: whichever gets more done at present"
-    encoder, usual, done = ImageEncoder(config.captioner(100).encoder), torch.get_num_threads(), {}
+def eye_step(
+    config: RunConfig,  # whose image encoder it is
+):                      # called without arguments: one batch, forward and backward
+    "The greater part of a training step"
+    encoder = ImageEncoder(config.captioner(100).encoder)
     photos = torch.rand(config.batch_size, 3, config.image_size, config.image_size)
-    try:
-        for threads in sorted({1, usual}):
-            torch.set_num_threads(threads)
-            encoder(photos).sum().backward()                                   # the first time takes longer
-            began, done[threads] = time.monotonic(), 0
-            while time.monotonic() < began + seconds: encoder(photos).sum().backward(); done[threads] += 1
-        torch.set_num_threads(max(done, key=done.get))
-        yield torch.get_num_threads()
-    finally: torch.set_num_threads(usual)
+    return lambda: encoder(photos).sum().backward()
 
 # %% ../nbs/39b_demo.ipynb #f4bb5415
 def demo(
@@ -217,7 +229,7 @@ def demo(
     stamp = lambda words: say(f'{time.monotonic() - began:4.0f} s  {words}')
     stamp(f'drawing {n} scenes')
     data = load_dataset(make_shapes(out/f'shapes-{n}', n=n, size=DEMO_SIZE))
-    with best_threads(config) as threads:
+    with best_threads(eye_step(config)) as threads:
         stamp(f'training from random weights, with {threads} thread{"s"*(threads > 1)}')
         run = train_anew(train_captions, data, out/'run', config, device=device, say=stamp)
         if run.history[-1]['epoch'] < config.epochs: stamp('time was up too early: is something else running here?')
@@ -225,8 +237,6 @@ def demo(
         rows, scores = evaluate_demo(run, data)
         right = {split: share_true(judged) for split, judged in rows.items()}
         exhibits = other_half(run, data, right, out, device, stamp)
-    save_pictures(rows, exhibits, out)
     stamp(f'{right["test"]:.1%} of {len(rows["test"])} captions wholly true, {right["heldout"]:.1%} of new mixes')
     for e in exhibits: stamp(f'{e.title}: ' + ', '.join(f'{share:.1%} {what}' for what, share in e.facts.items()))
-    page = demo_page(rows, run.history, scores, exhibits, time.monotonic() - began, small_print(run, data))
-    return save_page(page, out/'report.html')
+    return save_outcome(out, run, data, rows, scores, exhibits, time.monotonic() - began)

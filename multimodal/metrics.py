@@ -237,10 +237,11 @@ METRICS = {'bleu_1': 'BLEU-1', 'bleu_2': 'BLEU-2', 'bleu_3': 'BLEU-3', 'bleu_4':
 
 def metrics_table(
     rows: dict[str, dict], # system → metrics as `caption_metrics` gives them
+    spreads: dict = {},    # system → standard deviations of these metrics, where there are any
 ) -> str: # Markdown
     "A table for people: all metrics × 100, as papers write them; – where one is missing"
-    cell = lambda value: '–' if value is None else f'{100*value:.1f}'
+    cell = lambda v, s: '–' if v is None else f'{100*v:.1f}' if s is None else f'{100*v:.1f} ± {100*s:.1f}'
     names = [m for m in METRICS if any(m in scores for scores in rows.values())]
     lines = [['metrics × 100', *(METRICS[m] for m in names)], ['---', *['---:']*len(names)]]
-    lines += [[system, *(cell(scores.get(m)) for m in names)] for system, scores in rows.items()]
+    lines += [[k, *(cell(scores.get(m), spreads.get(k, {}).get(m)) for m in names)] for k, scores in rows.items()]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

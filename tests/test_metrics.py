@@ -100,6 +100,7 @@ def test_constant_caption_is_common():
 def test_table_says_times_100():
     table = metrics_table({'x': {'bleu_1': .5, 'meteor': None}})
     assert '× 100' in table and '50.0' in table and '–' in table
+    assert '50.0 ± 1.2 | –' in metrics_table({'x': {'bleu_1': .5, 'meteor': None}}, {'x': {'bleu_1': .0123, 'meteor': None}})
 
 @pytest.fixture(scope='module')
 def flickr():
