@@ -87,13 +87,13 @@ def meetings(
     owners: np.ndarray,  # the photo of each reference, not falling [R]
 ) -> tuple:              # places in `ours`, places in `theirs`
     "Each run of a caption beside the same run in each reference of its photo"
-    names, small = np.unique(np.concatenate([ours.run, theirs.run]), return_inverse=True)
-    mine, other = np.split(small, [len(ours.run)])
-    keys = theirs.row*len(names) + other                              # sorted, since rows and runs are
+    known, number = np.unique(np.concatenate([ours.run, theirs.run]), return_inverse=True)
+    mine, other = np.split(number, [len(ours.run)])
+    keys = theirs.row*len(known) + other                              # sorted, since rows and runs are
     first, n_refs, met = np.searchsorted(owners, photos), np.bincount(owners)[photos], []
     for k in range(n_refs.max()):
         there = (n_refs[ours.row] > k).nonzero()[0]
-        wanted = (first[ours.row[there]] + k)*len(names) + mine[there]
+        wanted = (first[ours.row[there]] + k)*len(known) + mine[there]
         place = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
         found = keys[place] == wanted
         met.append((there[found], place[found]))

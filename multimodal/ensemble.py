@@ -35,14 +35,16 @@ class Eyes(nn.Module):
     def __init__(self, encoders: list):
         super().__init__()
         first, trunks = encoders[0], {e.weights_fingerprint() for e in encoders}
-        self.encoders = encoders[:1] if len(trunks) == 1 else encoders           # who looks; all others see the same
+        # who looks; all others see the same. A plain list, so not registered twice: `models` of the group has them
+        self.encoders = encoders[:1] if len(trunks) == 1 else encoders
+        # 'all': there is no upper half that could `finish` what a lower one began
         self.config, self.n_patches = replace(first.config, trainable='all'), first.n_patches
         self.members, self.channels = len(encoders), first.channels*len(self.encoders)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:                   # [N, 3, H, W] → [N, P, C]
         return torch.cat([e.features(images) for e in self.encoders], -1)
 
-    def weights_fingerprint(self) -> str: return self.encoders[0].weights_fingerprint()
+    def weights_fingerprint(self) -> str: return self.encoders[0].weights_fingerprint()     # only of the first
 
     def apart(self, features: torch.Tensor) -> list:                            # [N, P, C] → what each member sees
         return list(features.chunk(len(self.encoders), -1))*(self.members//len(self.encoders))
@@ -53,7 +55,8 @@ class Ensemble(nn.Module):
     def __init__(self, models: list):  # of `Captioner`, whose grids are alike
         super().__init__()
         self.models, self.config = nn.ModuleList(models), models[0].config
-        self.encoder, self.decoder = Eyes([m.encoder for m in models]), nn.Module()
+        self.encoder = Eyes([m.encoder for m in models])
+        self.decoder = nn.Module()      # that has blocks and does nothing: `Writing` makes a cache for each of them
         self.decoder.blocks = nn.ModuleList(block for m in models for block in m.decoder.blocks)
 
 @patch

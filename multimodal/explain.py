@@ -110,9 +110,9 @@ def glow(
     from matplotlib import colormaps
     grey = .5*np.asarray(photo.convert('L'), dtype=np.float32)[..., None]/255                         # [H, W, 1]
     smooth = Image.fromarray(heat.numpy().astype(np.float32)).resize(photo.size, Image.Resampling.BICUBIC)
-    heat = np.asarray(smooth).clip(0, 1)[..., None]**.7                          # [H, W, 1]; the power lifts weak looks
-    lit = grey*(1 - .75*heat) + .75*heat*colormaps['inferno'](.2 + .7*heat[..., 0])[..., :3]          # [H, W, 3]
-    return Image.fromarray((255*lit).astype(np.uint8))
+    heat = np.asarray(smooth).clip(0, 1)[..., None]                                                   # [H, W, 1]
+    colour = colormaps['inferno'](.5 + .4*heat[..., 0])[..., :3]                 # [H, W, 3], from red to yellow
+    return Image.fromarray((255*(grey + (1.3*heat).clip(0, .9)*(colour - grey))).astype(np.uint8))
 
 # %% ../nbs/13_explain.ipynb #ec8b08e0
 def show_words(
@@ -209,7 +209,7 @@ def without(
     there = torch.ones(R, P, dtype=torch.bool, device=vectors.device).scatter(1, hidden, False)
     left = there.nonzero()[:, 1].view(R, P - k)                          # the places that remain
     pick = lambda x: x[0][:, left].transpose(0, 1)                       # [1, h, P, d] → [R, h, P-k, d]
-    keys_values = tuple((pick(k), pick(v)) for k, v in model.remember(vectors[None]).keys_values)
+    keys_values = tuple((pick(ks), pick(vs)) for ks, vs in model.remember(vectors[None]).keys_values)
     memory = Memory(vectors.expand(R, -1, -1) if whole else vectors[left], keys_values)
     next_word = model.hidden(tokens[:-1].expand(R, -1), memory)[row, word]                            # [R, D]
     return model.head(next_word).float().log_softmax(-1)[row, tokens[word + 1]].cpu()
@@ -228,9 +228,9 @@ def drops(
     "How much log probability each word loses with the places most looked at, and with others for comparison"
     maps = maps.flatten(1)                                                                            # [T-1, P]
     n, luck = len(maps), torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
-    ways = {'most': maps, "another word's": maps.roll(max(1, n//2), 0), 'random': luck, 'least': -maps}
+    other = maps.roll(max(1, n//2), 0)                                                # the word half a caption away
+    ways = {'most': maps, "another word's": other, 'random': luck, 'least': -maps}
     places = torch.cat([m.topk(min(k, m.shape[1])).indices for m in ways.values()])                   # [4(T-1), k]
-    word = torch.arange(n).repeat(len(ways))                                                          # [4(T-1)]
-    full = without(model, vectors, tokens, torch.arange(n), places[:n, :0])                           # [T-1]
-    left = without(model, vectors, tokens, word, places, whole).unflatten(0, (len(ways), n))          # [4, T-1]
+    full = without(model, vectors, tokens, torch.arange(n), places[:n, :0])                           # [T-1], none gone
+    left = without(model, vectors, tokens, torch.arange(n).repeat(4), places, whole).unflatten(0, (4, n))  # [4, T-1]
     return dict(zip(ways, full - left))

@@ -160,6 +160,7 @@ def chair(
 GENDER = {form: gender for gender, names, pronouns in (('male', MALE, 'he him his himself'),
                                                        ('female', FEMALE, 'she her hers herself'))
           for w in names.split() for form in (w, plural(w), *pronouns.split())}
+NAMES = frozenset(f'{MALE} {FEMALE} {NEUTRAL}'.split())  # of one person
 
 def gender_of(
     captions: list[str],  # one, or several of the same photo
@@ -179,8 +180,6 @@ def people_in(
         single = w in NAMES and w not in ('family', 'crowd', 'audience')
         total += 1 if single else next((said[b] for b in reversed(words[max(0, i - 3):i]) if b in said), 3)
     return min(total, 3)
-
-NAMES = frozenset(f'{MALE} {FEMALE} {NEUTRAL}'.split())  # of one person
 
 # %% ../nbs/13a_failures.ipynb #91208d17
 def genders(

@@ -93,12 +93,13 @@ class PaidLoss:
     ): self.pay, self.samples, self.max_words = pay, samples, max_words
 
     def __call__(self, model: Captioner, batch: Batch) -> tuple:  # (sum to minimise, number of photos, {name: sum})
+        # as 'loss' the history keeps minus the pay: the true loss says nothing about how good captions are
         n, memory = len(batch.images), model.remember(model.encode(batch.images))
         if not model.training:
             paid = self.pay(write(model, memory, GenerateConfig('greedy', max_len=self.max_words)), batch).sum()
             return -paid, n, {'loss': -paid, 'paid': paid}
         memory = memory.select(torch.arange(n, device=batch.images.device).repeat_interleave(self.samples))
-        seed = int(torch.randint(2**31, (1,)))
+        seed = int(torch.randint(2**31, (1,)))  # of the trainer's own luck, so that a resumed run draws the same
         tokens = write(model, memory, GenerateConfig('sample', max_len=self.max_words, seed=seed))
         paid = self.pay(tokens, batch)                                                             # [N, K]
         logp = logprobs(model, memory, tokens)                                                     # [N*K]
@@ -126,5 +127,6 @@ def scst_recipe(
     "Settings for self-critical training after those of a captioner"
     tuned = 'none' not in (config.trainable, config.weights)
     still = dict(slow='encoder.trunk', slow_factor=0.) if tuned else {}
-    return replace(config, samples=5, captions_per_image=0, dropout=0., feature_dropout=0., optimizer='adamw', lr=2e-5,
-                   ema=min(config.ema, .99), epochs=3, length_penalty=.7, **still)
+    return replace(config, samples=5, captions_per_image=0,                                        # 0: all
+                   dropout=0., feature_dropout=0., optimizer='adamw', lr=2e-5, ema=min(config.ema, .99), epochs=3,
+                   length_penalty=.7, **still)
