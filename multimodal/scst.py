@@ -21,7 +21,7 @@ from .generate import GenerateConfig, one_by_one
 from .recipe import RunConfig
 from .runs import CAPTIONS
 from .tasks import train_run
-from .text import BOS, EOS, PAD
+from .text import BOS, EOS, PAD, UNK
 
 # %% ../nbs/12a_scst.ipynb #fab47247
 def advantages(
@@ -50,12 +50,18 @@ def write(
 def logprobs(
     model: Captioner,
     memory: Memory,        # of the photo of each caption
-    tokens: torch.Tensor,  # ids [B, T], BOS … EOS, then PAD
+    tokens: torch.Tensor,  # ids [B, T], BOS … EOS, then PAD, as `write` drew them
+    max_words: int = 30,   # most words of a caption: after these, the end was no choice
 ) -> torch.Tensor:         # [B]
-    "The log of the probability of whole captions"
-    steps = model.head(model.hidden(tokens[:, :-1], memory)).float().log_softmax(-1)               # [B, T-1, V]
-    chosen = steps.gather(-1, tokens[:, 1:, None])[..., 0]                                         # [B, T-1]
-    return (chosen*(tokens[:, 1:] != PAD)).sum(1)
+    "The log of the probability with which whole captions are drawn: only what may be drawn has a share in it"
+    logits = model.head(model.hidden(tokens[:, :-1], memory)).float()                              # [B, T-1, V]
+    barred = torch.zeros_like(logits[:1], dtype=torch.bool)                                        # [1, T-1, V]
+    barred[..., [PAD, BOS, UNK]] = barred[:, 0, EOS] = True
+    steps = logits.masked_fill(barred, -torch.inf).log_softmax(-1)
+    said = tokens[:, 1:].clone()
+    said[:, max_words:] = PAD
+    chosen = steps.gather(-1, said[..., None])[..., 0]                                             # [B, T-1]
+    return chosen.masked_fill(said == PAD, 0).sum(1)
 
 # %% ../nbs/12a_scst.ipynb #14e5a5ed
 def references_of(
@@ -102,7 +108,7 @@ class PaidLoss:
         seed = int(torch.randint(2**31, (1,)))  # of the trainer's own luck, so that a resumed run draws the same
         tokens = write(model, memory, GenerateConfig('sample', max_len=self.max_words, seed=seed))
         paid = self.pay(tokens, batch)                                                             # [N, K]
-        logp = logprobs(model, memory, tokens)                                                     # [N*K]
+        logp = logprobs(model, memory, tokens, self.max_words)                                    # [N*K]
         loss = -(advantages(paid).flatten()*logp).sum()/self.samples
         return loss, n, {'loss': -paid.mean(1).sum(), 'paid': paid.mean(1).sum()}
 

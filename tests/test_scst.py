@@ -1,4 +1,5 @@
 """Captions that are paid: compared fairly, scored as coco-caption does, and learned from."""
+import itertools
 import signal
 
 import numpy as np
@@ -8,7 +9,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from multimodal.captioner import Captioner, CaptionerConfig
 from multimodal.core import UserError, set_seed
-from multimodal.dataloaders import Sample, collate
+from multimodal.dataloaders import Sample, collate, pad
 from multimodal.encoder import EncoderConfig
 from multimodal.generate import GenerateConfig
 from multimodal.datasets import load_dataset
@@ -18,7 +19,7 @@ from multimodal.scst import SCST, CiderPay, PaidLoss, advantages, logprobs, refe
 from multimodal.shapes import make_shapes
 from multimodal.training import Interrupted
 from multimodal.wiring import task_of
-from multimodal.text import BOS, EOS, PAD
+from multimodal.text import BOS, EOS, PAD, UNK
 
 WORDS, PHOTOS = 12, 6
 
@@ -90,6 +91,21 @@ def test_the_log_probability_has_the_gradient_of_the_caption_alone(model):
     for i in range(PHOTOS):
         alone = logprobs(model, memory.select(torch.tensor([i])), tokens[i:i + 1, :(tokens[i] != PAD).sum()])
         torch.testing.assert_close(alone[0], both[i], atol=1e-4, rtol=0)
+
+
+def test_the_probabilities_of_all_that_can_be_drawn_add_up_to_one(model):
+    "UNK, PAD, BOS and an empty caption are never drawn, and the last end is no choice: nothing may leak to them."
+    words = range(UNK + 1, WORDS)
+    every = pad([np.array([BOS, *ws, EOS]) for n in (1, 2) for ws in itertools.product(words, repeat=n)])
+    with torch.no_grad():
+        model.text.words.weight[UNK] += 3*torch.randn(16)
+        memory = model.eval().remember(model.encode(torch.randn(1, 3, 16, 16))).select(torch.zeros(len(every), dtype=int))
+        p = logprobs(model, memory, every, max_words=2).exp()
+        drawn = write(model, memory.select(torch.zeros(20_000, dtype=int)), GenerateConfig('sample', max_len=2, seed=5))
+    torch.testing.assert_close(p.sum(), torch.tensor(1.), atol=1e-5, rtol=0)
+    for caption, share in zip(every[:8], p[:8]):                     # those of one word, beside how often they come
+        often = (drawn == torch.nn.functional.pad(caption, (0, drawn.shape[1] - len(caption)), value=PAD)).all(1).float().mean()
+        assert abs(often - share) < 4*(share/20_000)**.5
 
 
 def test_a_paid_run_that_was_stopped_is_the_one_that_was_not(tmp_path):
