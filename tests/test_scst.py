@@ -1,6 +1,7 @@
 """Captions that are paid: compared fairly, scored as coco-caption does, and learned from."""
 import itertools
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_a_paid_run_that_was_stopped_is_the_one_that_was_not(tmp_path):
     data, quiet = load_dataset(make_shapes(tmp_path/'shapes', n=60, size=32, p_two=0.)), lambda line: None
     small = RunConfig(data='shapes', weights='none', trainable='all', stage=1, image_size=32, embedding_dim=32, n_layers=1, epochs=1, min_count=1)
     train_captions(data, tmp_path/'taught', small, device='cpu', say=quiet)
-    config, init = scst_recipe(small), tmp_path/'taught'
+    config, init = replace(scst_recipe(small), epochs=3), tmp_path/'taught'
     straight = train_scst(data, tmp_path/'straight', config, device='cpu', say=quiet, init=init)
     def stop(line):
         if line.startswith('epoch 1'): signal.raise_signal(signal.SIGINT)
