@@ -134,5 +134,5 @@ def scst_recipe(
     tuned = 'none' not in (config.trainable, config.weights)
     still = dict(slow='encoder.trunk', slow_factor=0.) if tuned else {}
     return replace(config, samples=5, captions_per_image=0,                                        # 0: all
-                   dropout=0., feature_dropout=.3, optimizer='adamw', lr=5e-5, ema=min(config.ema, .99), epochs=8,
+                   dropout=0., feature_dropout=0., optimizer='adamw', lr=5e-5, ema=min(config.ema, .99), epochs=8,
                    length_penalty=.7, **still)
