@@ -33,11 +33,13 @@ class Neighbours:
         centre: torch.Tensor,   # what was subtracted before [C]
         tokens: torch.Tensor,   # captions as ids, EOS at the end, then PAD [R, L]
         owners: torch.Tensor,   # the photo of each caption, not falling [R]
-        k: int = 8,             # photos that are asked
-        weight: float = 3.0,    # of what they say, beside what a captioner itself thinks of its captions
+        k: int = 16,            # photos that are asked
+        weight: float = 5.0,    # of what they say, beside what a captioner itself thinks of its captions
+        length_penalty: float = 0.5,  # that thought is logprob / (words + 1)**length_penalty
     ):
         self.keys, self.centre, self.tokens, self.owners = keys.float(), centre, tokens, owners
-        self.k, self.weight, self.table, owner = k, weight, tokens.long().numpy(), owners.long().numpy()
+        self.k, self.weight, self.length_penalty = k, weight, length_penalty
+        self.table, owner = tokens.long().numpy(), owners.long().numpy()
         self.idf, self.starts = Idf(self.table, owner), np.searchsorted(owner, np.arange(len(keys) + 1))
 
     def nearest(self,
@@ -52,7 +54,7 @@ def neighbours_of(
     run: Run,
     data: CaptionData,          # with the photos that the run learned from
     cache: Path | None = None,  # where features are kept; None: beside the run
-    **how,                      # `k` and `weight` of `Neighbours`
+    **how,                      # `k`, `weight` and `length_penalty` of `Neighbours`
 ) -> Neighbours:
     "Look at all training photos as the run's encoder sees them"
     config = replace(run.config, views='plain', captions_per_image=0, augment=False)
@@ -104,7 +106,7 @@ def own_score(
 ) -> list:                   # for each photo, a number for each caption
     "What a captioner itself thinks of its captions: the logprob, per word more or less; of draws, how much they agree"
     if config.method == 'sample': return consensus(asked, [[c.ids for c in captions] for captions in found])
-    return [np.array([c.logprob/(len(c.ids) + 1)**config.length_penalty for c in captions]) for captions in found]
+    return [np.array([c.logprob/(len(c.ids) + 1)**asked.length_penalty for c in captions]) for captions in found]
 
 def best_of(
     found: list,    # for each photo, each `Caption`

@@ -64,6 +64,16 @@ def test_they_choose_by_logprob_and_what_they_say():
     assert chooser(run, asked)(look, found, GenerateConfig()) == [found[0][1]]
 
 
+def test_length_counts_as_the_memory_says_and_not_as_the_beam_searched():
+    asked, _ = make(k=1, weight=0.)
+    run = SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(n_patches=3, channels=C)))
+    found = [[Caption([4]*2, -1.), Caption([5]*8, -1.5)]]            # 3 and 9 with the end: -1.5/9 > -1/3, but -1.5 < -1
+    look = asked.keys[5].expand(1, 3, C)
+    for asked.length_penalty, best in (0., 0), (1., 1):
+        for searched in 0., 1.:
+            assert chooser(run, asked)(look, found, GenerateConfig(length_penalty=searched)) == [found[0][best]]
+
+
 def test_draws_judge_one_another_and_neighbours_help():
     asked, captions = make(k=1, weight=0.)
     run = SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(n_patches=3, channels=C)))
