@@ -47,7 +47,8 @@ class Eyes(nn.Module):
     def weights_fingerprint(self) -> str: return self.encoders[0].weights_fingerprint()     # only of the first
 
     def apart(self, features: torch.Tensor) -> list:                            # [N, P, C] → what each member sees
-        return list(features.chunk(len(self.encoders), -1))*(self.members//len(self.encoders))
+        if len(self.encoders) == 1: return [features]*self.members                # one has looked for all
+        return list(features.chunk(self.members, -1))
 
 # %% ../nbs/12c_ensemble.ipynb #1ca6fcac
 class Ensemble(nn.Module):

@@ -26,10 +26,10 @@ from .text import BOS, EOS
 
 # %% ../nbs/13_explain.ipynb #34d5d2fc
 def choose(
-    weights: torch.Tensor,     # [N, L, h, T, P], as `Captioner.attention_maps` gives them
+    weights: torch.Tensor,     # [N, L, h, T+1, P] of T words and the end, from `Captioner.attention_maps`
     block: int | None = None,  # of the decoder, from 0; None: the mean of all
     head: int | None = None,   # from 0; None: the mean of all
-) -> torch.Tensor:             # [N, T, P]
+) -> torch.Tensor:             # [N, T+1, P]
     "The mean map of all blocks and heads, or of those asked for. Raises `UserError` where there is none such."
     for name, i, n in ('block', block, weights.shape[1]), ('head', head, weights.shape[2]):
         if i is not None and not 0 <= i < n: raise UserError(f'{name} {i}: this model has {n}, counted from 0')
@@ -57,13 +57,13 @@ def check_looks(model: Captioner):
 def look_again(
     model: Captioner,
     looks: list,               # features [N, P, C] of the photos, and perhaps those of their mirror images
-    tokens: torch.Tensor,      # ids [N, T+1], BOS … EOS, then PAD
+    tokens: torch.Tensor,      # ids [N, T+2], BOS … EOS, then PAD
     block=None, head=None,     # as for `choose`
-) -> tuple:  # log probability of each token after the first [N, T], and the map before it [N, T, side, side]
+) -> tuple:  # log probability of each word and the end [N, T+1], and the map before it [N, T+1, side, side]
     "How likely each word was, and where the model looked for it"
     so_far, side = tokens[:, :-1], model.config.encoder.side
-    logits = torch.stack([model(look, so_far) for look in looks]).mean(0)                             # [N, T, V]
-    logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]                 # [N, T]
+    logits = torch.stack([model(look, so_far) for look in looks]).mean(0)                             # [N, T+1, V]
+    logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]                 # [N, T+1]
     maps = [choose(model.attention_maps(look, so_far), block, head).unflatten(-1, (side, side)) for look in looks]
     maps[1:] = [m.flip(-1) for m in maps[1:]]                                                         # mirrored back
     return logprobs.cpu(), torch.stack(maps).mean(0).cpu()
@@ -86,7 +86,7 @@ def explain(
         with torch.no_grad():
             looks = [model.encoder.features(x) for x in (pixels, pixels.flip(-1))[:1 + config.flip]]  # [N, P, C]
         written = generate(model, looks, config, run.choose)
-        tokens = pad([np.array([BOS, *c.ids, EOS]) for c in written]).to(pixels.device)               # [N, T+1]
+        tokens = pad([np.array([BOS, *c.ids, EOS]) for c in written]).to(pixels.device)               # [N, T+2]
         logprobs, maps = look_again(model, looks, tokens, block, head)
     finally: model.train(training)
     return [Explained(run.vocab.decode(c.ids), c.logprob, [run.vocab.words[i] for i in c.ids],
@@ -197,12 +197,12 @@ def share_on(
 def without(
     model: Captioner,
     vectors: torch.Tensor,  # [P, D], what the decoder looks at in one photo, from `model.encode`
-    tokens: torch.Tensor,   # ids [T+1], BOS … EOS, its caption
+    tokens: torch.Tensor,   # ids [T+2], BOS … EOS, its caption
     word: torch.Tensor,     # which words to ask about, from 0 [R]; may repeat
     hidden: torch.Tensor,   # for each of them the places that are taken away [R, k], none twice, k < P
     whole: bool = False,    # may the average, where the fusion tells it, have all places nevertheless?
 ) -> torch.Tensor:          # [R]
-    "The log probability of words in a caption, when some places of the photo are not there"
+    "The log probability of words in a caption, where some places are gone: R copies of it, each with P-k of its own"
     (R, k), P = hidden.shape, len(vectors)
     if k >= P: raise UserError(f'{k} of {P} places taken away: one must be left to look at')
     tokens, word, hidden, row = (x.to(vectors.device) for x in (tokens, word, hidden, torch.arange(R)))
@@ -219,18 +219,18 @@ def without(
 def drops(
     model: Captioner,
     vectors: torch.Tensor,  # [P, D] of a photo, from `model.encode`
-    tokens: torch.Tensor,   # ids [T+1], BOS … EOS
-    maps: torch.Tensor,     # [T-1, side, side], of its words; T-1 as the end is no word
+    tokens: torch.Tensor,   # ids [T+2], BOS … EOS
+    maps: torch.Tensor,     # [T, side, side], of its words
     k: int,                 # places that each word loses
     seed: int = 0,          # decides which are random
     whole: bool = False,    # as for `without`
-) -> dict:                  # way → [T-1], in nats
+) -> dict:                  # way → [T], in nats
     "How much log probability each word loses with the places most looked at, and with others for comparison"
-    maps = maps.flatten(1)                                                                            # [T-1, P]
+    maps = maps.flatten(1)                                                                            # [T, P]
     n, luck = len(maps), torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
     other = maps.roll(max(1, n//2), 0)                                                # the word half a caption away
     ways = {'most': maps, "another word's": other, 'random': luck, 'least': -maps}
-    places = torch.cat([m.topk(min(k, m.shape[1])).indices for m in ways.values()])                   # [4(T-1), k]
-    full = without(model, vectors, tokens, torch.arange(n), places[:n, :0])                           # [T-1], none gone
-    left = without(model, vectors, tokens, torch.arange(n).repeat(4), places, whole).unflatten(0, (4, n))  # [4, T-1]
+    places = torch.cat([m.topk(min(k, m.shape[1])).indices for m in ways.values()])                   # [4T, k]
+    full = without(model, vectors, tokens, torch.arange(n), places[:n, :0])                           # [T], none gone
+    left = without(model, vectors, tokens, torch.arange(n).repeat(4), places, whole).unflatten(0, (4, n))  # [4, T]
     return dict(zip(ways, full - left))

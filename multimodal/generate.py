@@ -173,7 +173,7 @@ def beam_search(
         total, words, parent = extend(total, words, next_logprobs(writing, words.flatten(0, 1), config), 2*K)
         ended, length = words[..., -1] == EOS, (t + 1)**config.length_penalty
         collect(done, (total / length).masked_fill(~ended, -torch.inf)[:, :K], words, total, K)
-        go = ended.long().argsort(dim=1, stable=True)[:, :K]                # the K best that have not ended
+        go = ended.long().argsort(dim=1, stable=True)[:, :K]       # False sorts first; stable: best first
         total, words, parent = take(total.masked_fill(ended, -torch.inf), go), take(words, go), take(parent, go)
         best = (total[:, 0] / length).tolist()
         on = [b > (d[-1][0] if len(d) == K else -math.inf) for b, d in zip(best, done)]      # is there hope?
@@ -230,6 +230,6 @@ def generate(
         if config.method == 'sample' and K > 1: memories = [m.select(rows) for m in memories]
         writing = Together([Writing(model, m, config.max_len + 1) for m in memories])
         if config.method == 'beam' and K > 1: found = beam_search(writing, config)
-        else: found = list(zip(*[iter(one_by_one(writing, config))]*K))
+        else: one = one_by_one(writing, config); found = [one[i:i + K] for i in range(0, len(one), K)]   # K of a photo
         return choose(looks[0], found, config) if choose else [captions[0] for captions in found]
     finally: model.train(training)

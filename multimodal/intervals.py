@@ -51,10 +51,10 @@ def meteor_counts(
         if isinstance(e, (OSError, ValueError)): return None
         raise
     weigh = lambda telling, small: .75*telling + .25*small
-    stages = np.moveaxis(s[:, 4:20].reshape(-1, 4, 4), 2, 0) @ np.array([1, .6, .8, .6])   # [4, N]
+    hits = np.moveaxis(s[:, 4:20].reshape(-1, 4, 4), 2, 0) @ np.array([1, .6, .8, .6])     # [4, N]
     (length, wanted), (small, wanted_small), (pieces, *matched) = s.T[:2], s.T[2:4], s.T[20:]
     whole = (matched[0] == length) & (matched[1] == wanted) & (pieces == 1)
-    return np.stack([weigh(stages[0], stages[2]), weigh(length - small, small), weigh(stages[1], stages[3]),
+    return np.stack([weigh(hits[0], hits[2]), weigh(length - small, small), weigh(hits[1], hits[3]),
                      weigh(wanted - wanted_small, wanted_small), np.where(whole, 0, pieces), sum(matched)/2], 1)
 
 # %% ../nbs/09f_intervals.ipynb #f2e24d78

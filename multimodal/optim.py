@@ -57,13 +57,14 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for ok, key, want in ((self.epochs >= 1, 'epochs', 'at least 1'), (self.lr > 0, 'lr', 'above 0'),
-                              (0 <= self.warmup < 1, 'warmup', 'in [0, 1)'), (0 <= self.ema < 1, 'ema', 'in [0, 1)'),
-                              (0 < self.beta2 < 1, 'beta2', 'in (0, 1)'),
-                              *((getattr(self, k) >= 0, k, 'at least 0') for k in
-                                ('weight_decay', 'clip', 'slow_factor', 'patience', 'save_every', 'max_seconds')),
-                              *((getattr(self, k) in names, k, f'one of {", ".join(names)}') for k, names in
-                                (('precision', PRECISIONS), ('optimizer', OPTIMIZERS)))):
+        checks = [(self.epochs >= 1, 'epochs', 'at least 1'), (self.lr > 0, 'lr', 'above 0'),
+                  (0 <= self.warmup < 1, 'warmup', 'in [0, 1)'), (0 <= self.ema < 1, 'ema', 'in [0, 1)'),
+                  (0 < self.beta2 < 1, 'beta2', 'in (0, 1)'),
+                  (self.precision in PRECISIONS, 'precision', f'one of {", ".join(PRECISIONS)}'),
+                  (self.optimizer in OPTIMIZERS, 'optimizer', f'one of {", ".join(OPTIMIZERS)}')]
+        for key in 'weight_decay', 'clip', 'slow_factor', 'patience', 'save_every', 'max_seconds':
+            checks.append((getattr(self, key) >= 0, key, 'at least 0'))
+        for ok, key, want in checks:
             if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
 
 # %% ../nbs/09b_optim.ipynb #12263362

@@ -46,11 +46,13 @@ class DataConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         for v in self.views.split(','): check_view(v)
-        for ok, key, want in (*((getattr(self, k) >= 1, k, '1 or more') for k in
-                                ('batch_size', 'groups', 'max_words', 'min_count', 'embedding_dim')),
-                              *((getattr(self, k) >= 0, k, '0 or more') for k in ('captions_per_image', 'dev_photos')),
-                              *((0 <= getattr(self, k) < 1, k, 'in [0, 1)') for k in ('dropout', 'word_dropout'))):
-            if not ok: raise UserError(f'{key} must be {want}, not {getattr(self, key)!r}')
+        known = vars(self)
+        checks = [(known[k] >= 1, k, '1 or more') for k in
+                  ('batch_size', 'groups', 'max_words', 'min_count', 'embedding_dim')]
+        checks += [(known[k] >= 0, k, '0 or more') for k in ('captions_per_image', 'dev_photos')]
+        checks += [(0 <= known[k] < 1, k, 'in [0, 1)') for k in ('dropout', 'word_dropout')]
+        for ok, key, want in checks:
+            if not ok: raise UserError(f'{key} must be {want}, not {known[key]!r}')
 
 # %% ../nbs/10a_recipe.ipynb #fe1846b5
 @dataclass(frozen=True)

@@ -139,9 +139,9 @@ On the {n:,} photos of the official {split} split, with a beam of 5, scored by c
 ## What it cannot do
 
 It says what is common in its few thousand photos, of dogs, children, sports and water above all: it names things that
-are not there, counts badly, mixes up who does what, and knows few words for anything rare. It calls people men, women,
-boys or girls by what they wear, which is sometimes wrong. It reads no writing and knows nobody.
-Do not let it decide anything about people. `13a_failures` shows where it fails, with figures.
+are not there, counts badly, and knows few words for anything rare. Of lone people whom everybody else calls a woman or
+a girl, it calls nearly four in ten a man or a boy: in what it learned from, those are far more frequent. It reads no
+writing and knows nobody. Do not let it decide anything about people. `13a_failures` shows where it fails, with figures.
 """
 
 def model_card(
@@ -149,11 +149,13 @@ def model_card(
     how: str,      # the captioner was trained, in words
     trunk: str,    # which weights the ResNet18 had, in words
 ) -> str:          # Markdown
-    "What somebody should know who is given this captioner"
+    "What somebody should know who is given this captioner. Raises `UserError` where the text does not fit it."
     from multimodal.metrics import metrics_table
+    if result['model']['settings'].get('trainable') != 'none' or not result['model']['resnet18_sha256']:
+        raise UserError('model_card: it speaks of a captioner of Flickr8k with a frozen ResNet18 from a file')
     s, split = result['scores'], result['data']['splits']['train']
-    rows = {'floor: a constant caption': s['floor'], 'this captioner': s, 'against four of the five': s['one_fewer'],
-            'ceiling: a person against the same four': s['ceiling']}
+    rows = {'floor: a constant caption': s['floor'], 'this captioner': s,
+            'against four of the five': s['one_fewer'], 'ceiling: a person against the same four': s['ceiling']}
     return (CARD + CARD_END).format(**split, how=how, trunk=trunk, n=s['n_images'], split=s['split'],
         data=result['data']['sha256'], resnet18=result['model']['resnet18_sha256'],
         learned=result['model']['learned_sha256'], table=metrics_table(rows))

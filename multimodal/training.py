@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from fastcore.basics import patch
 from tqdm import tqdm
 from multimodal.checkpoint import (StopRequest, atomic_folder, check_free, describe_epoch, learned_state, load_learned,
-    load_optimizer, load_tensors, optimizer_tensors, read_history, recover_folder, save_tensors, save_weights,
+    load_optimizer, load_tensors, optimizer_tensors, read_history, recover_folder, save_tensors, save_learned,
     write_history)
 from .core import UserError, get_device, read_json, write_json
 from .muon import make_optimizer
@@ -46,7 +46,7 @@ class Trainer:
         dev_loader,                          # iterable of batches
         config: TrainConfig = TrainConfig(),
         folder: Path | None = None,          # where best/, last/ and history.jsonl go; None: nowhere
-        save_fn=save_weights,                # (model, folder): how to save the best model
+        save_fn=save_learned,                # (model, folder): how to save the best model
         device: str | None = None,           # 'cpu', 'cuda', …; None: the best there is
         say=print,                           # called with one line per epoch
         resume_hint: str = 'fit(resume=True)',  # what to tell somebody who pressed Ctrl-C
@@ -135,8 +135,8 @@ def kept_state(
     "Where a run stopped. Raises `UserError` where that is missing, broken or of another configuration."
     last = recover_folder(folder/'last')
     if not last.is_dir(): raise UserError(f'nothing to resume: {last} is not there; train without resuming')
-    kept, now, new = read_json(last/'state.json'), asdict(config), asdict(type(config)())
-    try: state, before, scaler = TrainState(**kept['state']), new | kept['config'], kept['scaler']   # newer: as default
+    kept, now, new = read_json(last/'state.json'), asdict(config), asdict(type(config)())   # new: settings since then
+    try: state, before, scaler = TrainState(**kept['state']), new | kept['config'], kept['scaler']
     except (KeyError, TypeError) as e: raise UserError(f'{last}/state.json is not the state of a run ({e})') from None
     for k in sorted(now.keys() | before.keys()):
         if now.get(k) != before.get(k):
