@@ -192,7 +192,8 @@ def augment_dataset(
         wrong = [write_photo(item, part, split, copies*(split == 'train'), config, seed)
                 for split, items in data.splits.items() for item in items]
         if all(wrong): raise UserError(f'augment: {data.name} has no photo that can be read')
-        if any(wrong): aside(f'left out {len(wrong) - wrong.count(None)} photos, first {next(filter(None, wrong))}')
+        n = len(wrong) - wrong.count(None)
+        if n: aside(f'left out {n:,} photo{"s"*(n > 1)}, the first: {next(filter(None, wrong))}')
         os.replace(part, out)
     except OSError as error: raise UserError(f'{out}: cannot be written ({error.strerror or error})') from error
     finally: shutil.rmtree(part, ignore_errors=True)

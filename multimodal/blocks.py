@@ -45,7 +45,8 @@ class ReadBlock(LookBlock):
         self.near = nn.Conv1d(ff_mult*dim, ff_mult*dim, 3, padding=1, groups=ff_mult*dim)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # [B, T, D], [B, 1, 1, T] → [B, T, D]
-        x, (norm, wide, bend, narrow) = x + self.attend(self.norm(x), mask=mask), self.ff
+        x = x + self.attend(self.norm(x), mask=mask)
+        norm, wide, bend, narrow = self.ff
         y = wide(norm(x))                                                            # [B, T, 3*D]
         near = self.near((y*mask[:, 0, 0, :, None]).transpose(1, 2)).transpose(1, 2)
         return x + narrow(bend(y + near))

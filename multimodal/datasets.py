@@ -184,10 +184,11 @@ def read_coco(
     return assemble(root, rows, photos, split_of, skipped)
 
 # %% ../nbs/01_datasets.ipynb #726b20e2
-LAYOUTS = {lambda path, root: read_flickr8k(root): ['Flickr8k.token.txt'],                # reader → what gives it away
-           read_karpathy: ['dataset_flickr8k.json', 'dataset_flickr30k.json', 'dataset_coco.json', 'dataset.json'],
-           lambda path, root: read_kaggle(root): ['captions.txt'],
-           lambda path, root: read_flickr30k(root): ['results.csv', 'results_20130124.token']}
+LAYOUTS = [  # names that give a layout away, and its reader, called with that file and the folder
+    (['Flickr8k.token.txt'], lambda path, root: read_flickr8k(root)),
+    (['dataset_flickr8k.json', 'dataset_flickr30k.json', 'dataset_coco.json', 'dataset.json'], read_karpathy),
+    (['captions.txt'], lambda path, root: read_kaggle(root)),
+    (['results.csv', 'results_20130124.token'], lambda path, root: read_flickr30k(root))]
 
 def load_dataset(
     root: str|Path, # folder of a data set, or a JSON file in Karpathy's form with the photos beside or below it
@@ -197,7 +198,7 @@ def load_dataset(
     if root.match('annotations/captions_*.json'): root = root.parent.parent  # one of COCO's files: all of COCO
     if root.is_file() and root.suffix == '.json': return read_karpathy(root)
     for within in '', '*/':                                                # the folder itself comes first
-        for read, names in LAYOUTS.items():
+        for names, read in LAYOUTS:
             if path := find_file(root, *names, within=(within,)): return read(path, root)
         if any(root.glob('annotations/captions_*.json')): return read_coco(root)
     if packed := still_packed(root): raise UserError(f'{root}: no data set there yet{packed}')

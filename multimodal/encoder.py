@@ -54,7 +54,7 @@ class EncoderConfig:
     embedding_dim: int = 256    # D, length of the vectors that come out
     weights: str = 'imagenet'   # 'imagenet', the path of a file, or 'none' for random weights
     stage: int = 4              # last ResNet stage kept, 1 to 4
-    below: int = 0              # stages below it that are told too, averaged onto its grid
+    below: int = 0              # stages below it that pass on their maps as well, averaged onto its grid
     pool: str = 'grid'          # 'grid' for a vector per place, 'vector' for their average
     trainable: str = 'none'     # which stages of the trunk learn: 'none', 'last', 'two' (the last two) or 'all'
     image_size: int = 224       # side of the square picture in pixels
@@ -71,7 +71,7 @@ class EncoderConfig:
 
 # %% ../nbs/04_encoder.ipynb #3974ea7b
 @patch(as_prop=True)
-def stages(self: EncoderConfig) -> range:  # numbers of the stages that are told
+def stages(self: EncoderConfig) -> range:  # numbers of the stages whose maps are passed on
     return range(max(1, self.stage - self.below), self.stage + 1)
 
 @patch(as_prop=True)

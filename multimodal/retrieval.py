@@ -37,7 +37,7 @@ class AttentionPool(nn.Module):
         n_heads: int,  # h, a divisor of D
     ):
         super().__init__()
-        self.question = nn.Parameter(torch.zeros(1, 1, dim))
+        self.question = nn.Parameter(torch.zeros(1, 1, dim))                          # `init_weights` fills it
         self.attend = MultiHeadAttention(dim, n_heads)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:  # [N, P, D] → [N, D]

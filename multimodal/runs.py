@@ -100,7 +100,8 @@ def predict(self: Run,
     for batch in make_loader(dataset, batch_size):
         with torch.no_grad():
             photos = batch.images.to(device)
-            looks = [self.model.encoder.features(x) for x in (photos, photos.flip(-1))[:1 + config.flip]]   # [N, P, C]
+            views = [photos, photos.flip(-1)] if config.flip else [photos]
+            looks = [self.model.encoder.features(x) for x in views]                                 # [N, P, C] each
             batch = Batch(looks[0], *([t.to(device) for t in ts] for ts in batch[1:]))
             add_sums(sums, *caption_loss(self.model, batch))
         written += generate(self.model, looks, config, self.choose)

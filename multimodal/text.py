@@ -28,8 +28,8 @@ def tokenize(
 ) -> list[str]: # its words
     "Cut a caption into lower-case words; punctuation is dropped, symbols such as emoji are words of their own"
     text = unicodedata.normalize('NFC', unicodedata.normalize('NFC', text).lower()).replace('’', "'")
-    return [w for w in word_pattern(text.isascii()).findall(text)
-            if w[0].isalnum() or unicodedata.category(w[0]).startswith('S') and w not in '`^~$+<=>|']
+    def is_symbol(w): return unicodedata.category(w[0]).startswith('S') and w not in '`^~$+<=>|'
+    return [w for w in word_pattern(text.isascii()).findall(text) if w[0].isalnum() or is_symbol(w)]
 
 # %% ../nbs/02_text.ipynb #f4e4ccb3
 def detokenize(

@@ -35,7 +35,7 @@ class PainterConfig:
     max_len: int = 32           # positions; a caption with its EOS must not be longer
 
     def __post_init__(self):
-        wrong = [k for k, v in vars(self).items() if v < (k != 'mend_layers')]
+        wrong = [k for k, v in vars(self).items() if v < (0 if k == 'mend_layers' else 1)]
         if wrong: raise UserError(f'painter: {wrong[0]} is {getattr(self, wrong[0])}, which is too little')
         for key, unit in ('width', 8), ('image_size', 2*self.fold):
             if (v := getattr(self, key)) % unit: raise UserError(f'painter: {key} is {v}, must be a multiple of {unit}')
@@ -68,7 +68,7 @@ def reset(self: Painter):
     "Random weights to begin with; what is added to the plan, and what is told, at zero"
     for name, p in self.named_parameters():
         if name.endswith('bias'): nn.init.zeros_(p)
-        elif p.dim() > 1: nn.init.normal_(p, std=(3*p[0].numel())**-.5)
+        elif p.dim() > 1: nn.init.normal_(p, std=(3*p[0].numel())**-.5)     # as layers of PyTorch do
     for p, std in zip((*self.text.parameters(), self.places), (.5, .3, .5)): nn.init.normal_(p, std=std)
     ends = [end for b in self.look for end in (b.attend_self.out, b.attend_words.out, b.narrow, b.tune)]
     if self.config.mend_layers: ends += [self.leave, *(b.tune for b in self.mend)]
@@ -192,7 +192,7 @@ def paint(
     for now, then in zip(times, times[1:]):
         twice = torch.cat([x, x]) if both else x
         guess = model(twice, now.to(device).expand(len(twice)), words, before)
-        if both: guess = torch.lerp(*guess.chunk(2)[::-1], guidance)
+        if both: told, blind = guess.chunk(2); guess = blind + guidance*(told - blind)
         before = torch.cat([guess, guess]) if both else guess
         seen = (1 - fresh**2)**.5*(x - now*guess)/(1 - now) + (fresh*noise() if fresh else 0)
         x = then*guess + (1 - then)*seen
