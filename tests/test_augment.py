@@ -139,7 +139,7 @@ def test_broken_photos_are_counted_and_change_nothing_else(drawn, tmp_path, caps
     broken.write_bytes(broken.read_bytes()[:300])
     rest = load_dataset(augment_dataset(drawn, tmp_path/'rest'))
     out, err = capsys.readouterr()
-    assert out == '' and err.startswith('left out 1 photos, first ') and str(broken) in err
+    assert out == '' and err.startswith('left out 1 photo, the first: ') and str(broken) in err
     kept = {i.image.name: i.image.read_bytes() for i in rest['train']}
     assert kept == {i.image.name: i.image.read_bytes()
                     for i in whole['train'] if not i.image.name.startswith(broken.stem)}
