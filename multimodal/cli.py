@@ -105,6 +105,7 @@ def mm_validate(
     split: str = 'test',   # which of its splits
     beam: int = 5,         # captions kept side by side while writing; 1 is greedy
     flip: bool = False,    # average over photo and mirror image: better, unless captions say left and right
+    closer: bool = False,  # the same with the middle of the photo, closer
     neighbours: bool = False,  # captions of similar training photos choose among the drafts
     draws: int = 0,        # with neighbours: that many captions drawn by lot (say 50) instead of a beam; slow
     also: str = None,      # run folders with commas between them: captioners of the same words that write along
@@ -118,11 +119,10 @@ def mm_validate(
     if out: check_name(out)
     with quiet():
         data, captions = data_to_measure(trained := opened(run, weights, device, neighbours, also), data)
-        scores = measure(trained, captions, split, is_drawn(data), beam, flip, draws, judge, weights)
+        scores = measure(trained, captions, split, is_drawn(data), beam, flip, draws, closer, judge, weights)
         if out: write_result(out, scores, trained, captions)
         say_what_is_missing(scores)
-    if json: return print_json(scores)
-    print(f'{split} of {data}, {scores["n_images"]} pictures', in_words(scores), sep='\n')
+    print_json(scores) if json else print(f'{split} of {data}, {scores["n_images"]} pictures\n{in_words(scores)}')
 
 # %% ../nbs/40_cli.ipynb #33d5f2f6
 @command
@@ -154,6 +154,7 @@ def mm_caption(
     run: str = None,             # the run folder of a trained model; the one that comes with the package if not given
     beam: int = 5,               # captions kept side by side while writing; 1 is greedy
     flip: bool = False,          # average over photo and mirror image: better, unless captions say left and right
+    closer: bool = False,        # the same with the middle of the photo, closer
     neighbours: bool = False,    # captions of similar training photos choose among the drafts; needs those photos, once
     draws: int = 0,              # with neighbours: that many captions drawn by lot (say 50) instead of a beam; slow
     also: str = None,            # run folders with commas between them: captioners of the same words that write along
@@ -164,11 +165,10 @@ def mm_caption(
     json: bool = False,          # print one JSON value
 ):
     "Captions for any photos"
-    from multimodal.explain import explain_photos
-    from multimodal.neighbours import way_to_write
+    from multimodal.explain import explain_photos; from multimodal.neighbours import way_to_write
     with quiet():
         trained = captioner(run, weights, device, neighbours, also)
-        how = way_to_write(trained, beam, flip, draws), batch_size, (broken := []).append
+        how = way_to_write(trained, beam, flip, draws, closer), batch_size, (broken := []).append
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)

@@ -20,7 +20,7 @@ from .captioner import Captioner, Memory
 from .core import UserError, aside, list_images, load_image, show_images
 from .dataloaders import pad
 from .encoder import ImageTransform
-from .generate import GenerateConfig, generate
+from .generate import GenerateConfig, generate, looks_of
 from .runs import Run
 from .text import BOS, EOS
 
@@ -56,15 +56,16 @@ def check_looks(model: Captioner):
 @torch.no_grad()
 def look_again(
     model: Captioner,
-    looks: list,               # features [N, P, C] of the photos, and perhaps those of their mirror images
+    looks: list,               # features [N, P, C] of the photos, as `looks_of` orders them: plain, mirrored, closer
     tokens: torch.Tensor,      # ids [N, T+2], BOS … EOS, then PAD
     block=None, head=None,     # as for `choose`
+    n: int | None = None,      # the first n looks are at whole photos, plain and mirrored, and give maps; None: all
 ) -> tuple:  # log probability of each word and the end [N, T+1], and the map before it [N, T+1, side, side]
     "How likely each word was, and where the model looked for it"
     so_far, side = tokens[:, :-1], model.config.encoder.side
     logits = torch.stack([model(look, so_far) for look in looks]).mean(0)                             # [N, T+1, V]
     logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]                 # [N, T+1]
-    maps = [choose(model.attention_maps(look, so_far), block, head).unflatten(-1, (side, side)) for look in looks]
+    maps = [choose(model.attention_maps(look, so_far), block, head).unflatten(-1, (side, side)) for look in looks[:n]]
     maps[1:] = [m.flip(-1) for m in maps[1:]]                                                         # mirrored back
     return logprobs.cpu(), torch.stack(maps).mean(0).cpu()
 
@@ -84,10 +85,10 @@ def explain(
     model.eval()
     try:
         with torch.no_grad():
-            looks = [model.encoder.features(x) for x in (pixels, pixels.flip(-1))[:1 + config.flip]]  # [N, P, C]
+            looks = [model.encoder.features(x) for x in looks_of(pixels, config)]                     # [N, P, C] each
         written = generate(model, looks, config, run.choose)
         tokens = pad([np.array([BOS, *c.ids, EOS]) for c in written]).to(pixels.device)               # [N, T+2]
-        logprobs, maps = look_again(model, looks, tokens, block, head)
+        logprobs, maps = look_again(model, looks, tokens, block, head, 1 + config.flip)
     finally: model.train(training)
     return [Explained(run.vocab.decode(c.ids), c.logprob, [run.vocab.words[i] for i in c.ids],
                       p[:len(c.ids)].exp().tolist(), m[:len(c.ids)]) for c, p, m in zip(written, logprobs, maps)]
@@ -228,8 +229,7 @@ def drops(
     "How much log probability each word loses with the places most looked at, and with others for comparison"
     maps = maps.flatten(1)                                                                            # [T, P]
     n, luck = len(maps), torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
-    other = maps.roll(max(1, n//2), 0)                                                # the word half a caption away
-    ways = {'most': maps, "another word's": other, 'random': luck, 'least': -maps}
+    ways = {'most': maps, "another word's": maps.roll(max(1, n//2), 0), 'random': luck, 'least': -maps}
     places = torch.cat([m.topk(min(k, m.shape[1])).indices for m in ways.values()])                   # [4T, k]
     full = without(model, vectors, tokens, torch.arange(n), places[:n, :0])                           # [T], none gone
     left = without(model, vectors, tokens, torch.arange(n).repeat(4), places, whole).unflatten(0, (4, n))  # [4, T]

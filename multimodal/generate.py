@@ -14,6 +14,7 @@ import torch
 from .captioner import Captioner, Writing
 from .core import UserError
 from .text import BOS, EOS, PAD, UNK
+from .views import closer
 
 # %% ../nbs/08_generate.ipynb #6e40f933
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GenerateConfig:
     seed: int = 0                # 'sample': the same seed draws the same captions
     draws: int = 1               # 'sample': captions drawn of each photo, where somebody chooses among them
     flip: bool = False           # look at the photo's mirror image too, and average; takes twice the time
+    closer: bool = False         # look at the middle of each look closer too, and average; takes twice the time
 
     def __post_init__(self):
         c = self
@@ -156,8 +158,7 @@ def collect(
     "Put drafts that have just ended among the finished captions of their photo"
     for i, j in (score > -torch.inf).nonzero().tolist():
         done[i].append((score[i, j].item(), words[i, j, :-1].tolist(), total[i, j].item()))
-        done[i].sort(key=lambda caption: -caption[0])
-        del done[i][K:]
+        done[i].sort(key=lambda caption: -caption[0]); del done[i][K:]
 
 # %% ../nbs/08_generate.ipynb #ef7c980e
 def beam_search(
@@ -197,15 +198,16 @@ class Together:
 
 def looks_of(
     images,  # pixels [N, 3, H, W] or features [N, P, C] of N photos; or a list of such, several looks at the same
-    config: GenerateConfig,  # its `flip` counts
+    config: GenerateConfig,  # its `flip` and `closer` count
 ) -> list:  # of what a caption is to be written from
     "The looks at some photos; raises `UserError` where they do not fit together"
     if isinstance(images, (list, tuple)):
         if len({len(look) for look in images}) != 1: raise UserError('generate: give each look at the same photos')
         return list(images)
-    if not config.flip: return [images]
-    if images.dim() != 4: raise UserError('generate: features cannot be flipped; give a list, those of mirrors too')
-    return [images, images.flip(-1)]
+    if images.dim() != 4 and (config.flip or config.closer):
+        raise UserError('generate: features cannot be flipped or enlarged; give a list of looks')
+    looks = [images, images.flip(-1)] if config.flip else [images]
+    return looks + [closer(x) for x in looks] if config.closer else looks
 
 # %% ../nbs/08_generate.ipynb #d0339178
 @torch.inference_mode()

@@ -135,12 +135,13 @@ def way_to_write(
     beam: int = 5,       # drafts kept side by side
     flip: bool = False,  # look at mirror images too
     draws: int = 0,      # captions drawn of each photo instead
+    closer: bool = False,  # look at the middle of each look closer
 ) -> GenerateConfig:
     "By a beam, or by many draws. Raises `UserError` for draws among which nobody chooses."
-    if not draws: return run.how(beam=beam, flip=flip)
+    if not draws: return run.how(beam=beam, flip=flip, closer=closer)
     if not run.choose: raise UserError('--draws: neighbours help to choose among what is drawn: add --neighbours')
     if draws < 2: raise UserError(f'--draws {draws}: one chooses among several, say 50')
-    return run.how(method='sample', draws=draws, temperature=.7, flip=flip)
+    return run.how(method='sample', draws=draws, temperature=.7, flip=flip, closer=closer)
 
 # %% ../nbs/12b_neighbours.ipynb #82c2bf85
 def save_neighbours(asked: Neighbours, file: Path):

@@ -18,7 +18,7 @@ from .core import UserError, aside, list_images, load_image
 from .dataloaders import Batch, CaptionDataset, make_loader
 from .datasets import CaptionData
 from .encoder import ImageTransform
-from .generate import GenerateConfig, generate
+from .generate import GenerateConfig, generate, looks_of
 from .optim import add_sums, means
 from .recipe import RunConfig, caption_loss
 from .saving import load_captioner
@@ -100,8 +100,7 @@ def predict(self: Run,
     for batch in make_loader(dataset, batch_size):
         with torch.no_grad():
             photos = batch.images.to(device)
-            views = [photos, photos.flip(-1)] if config.flip else [photos]
-            looks = [self.model.encoder.features(x) for x in views]                                 # [N, P, C] each
+            looks = [self.model.encoder.features(x) for x in looks_of(photos, config)]              # [N, P, C] each
             batch = Batch(looks[0], *([t.to(device) for t in ts] for ts in batch[1:]))
             add_sums(sums, *caption_loss(self.model, batch))
         written += generate(self.model, looks, config, self.choose)

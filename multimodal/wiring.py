@@ -151,6 +151,7 @@ def measure(
     beam: int,     # captions kept side by side while writing
     flip: bool,    # look at mirror images too
     draws: int = 0,              # captions drawn instead of a beam
+    closer: bool = False,        # look at the middle of each look closer
     judge: str | None = None,    # run folder of a finder that judges what a painter paints
     weights: str | None = None,  # of that finder's ResNet18, where they lie elsewhere than in training
 ) -> dict:
@@ -162,7 +163,7 @@ def measure(
         return {'task': 'paint', **measure_painter(trained, data, split, drawn, judge, weights)}
     if judge: raise UserError(f'--judge {judge}: only a painter is judged by another run, and {trained.folder} is none')
     if isinstance(trained, Finder): return {'task': 'retrieve', **trained.evaluate(data, split, flip)}
-    how, truth = way_to_write(trained, beam, flip, draws), judge_drawn if drawn else None
+    how, truth = way_to_write(trained, beam, flip, draws, closer), judge_drawn if drawn else None
     return {'task': 'caption', **trained.evaluate(data, split, how, limits=True, judge=truth)}
 
 # %% ../nbs/39d_wiring.ipynb #8e927272

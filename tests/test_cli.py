@@ -213,6 +213,8 @@ def test_flip_is_a_second_look_in_both_commands(run, home, capsys, monkeypatch):
     def told(self, data, split, config, limits, judge): raise UserError(str(config))
     monkeypatch.setattr(Run, 'evaluate', told)
     assert 'flip=True' in mistake(capsys, mm_validate, str(run), flip=True, device='cpu')
+    assert 'closer=True' in mistake(capsys, mm_validate, str(run), closer=True, device='cpu')
+    assert 'closer=True' not in mistake(capsys, mm_validate, str(run), device='cpu')
 
 
 def test_sheets_are_pictures_and_their_folder_is_made(home, tmp_path, capsys):

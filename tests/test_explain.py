@@ -28,7 +28,7 @@ SMALL = RunConfig(weights='none', trainable='all', stage=1, image_size=32, embed
                   min_count=1, max_words=9, dropout=0.2)
 WORDS = 'a big small red blue star circle on the left of and is one two'.split()
 WAYS = {'greedy': GenerateConfig('greedy'), 'beam': GenerateConfig(beam=3), 'sample': GenerateConfig('sample', seed=3),
-        'flip': GenerateConfig(beam=2, flip=True)}
+        'flip': GenerateConfig(beam=2, flip=True), 'closer': GenerateConfig(beam=2, flip=True, closer=True)}
 
 
 def make_run(**changes):
@@ -91,7 +91,7 @@ def test_probabilities_are_those_of_the_model_word_by_word(runs, photos):
     assert told.logprob == pytest.approx(sum(map(math.log, told.probabilities)) + end, abs=1e-3)
 
 
-@pytest.mark.parametrize('way', ['beam', 'flip'])
+@pytest.mark.parametrize('way', ['beam', 'flip', 'closer'])
 def test_each_map_is_a_share_of_one(runs, photos, way):
     for told in explain(runs['both'], photos, WAYS[way]):
         assert told.maps.shape == (len(told.words), 8, 8) and (told.maps >= 0).all()
@@ -120,9 +120,10 @@ def test_blocks_and_heads_can_be_chosen_and_their_mean_is_the_map(runs, photos):
     with pytest.raises(UserError, match='head 4: this model has 4'): choose(torch.ones(1, 2, 4, 3, 9), head=4)
 
 
-def test_with_two_looks_a_mirrored_photo_has_mirrored_maps(runs, photos):
+@pytest.mark.parametrize('way', ['flip', 'closer'])
+def test_with_two_looks_a_mirrored_photo_has_mirrored_maps(runs, photos, way):
     mirrored = photos[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    a, b = explain(runs['cross'], [photos[0], mirrored], WAYS['flip'])
+    a, b = explain(runs['cross'], [photos[0], mirrored], WAYS[way])
     assert a.words == b.words and torch.allclose(a.maps, b.maps.flip(-1), atol=1e-4)
     assert (a.maps - b.maps).abs().max() > 1e-4
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig, Writing
 from multimodal.core import UserError
 from multimodal.encoder import EncoderConfig
-from multimodal.generate import GenerateConfig, ban_repeats, extend, generate, restrict, sample
+from multimodal.generate import GenerateConfig, ban_repeats, extend, generate, looks_of, restrict, sample
 from multimodal.text import BOS, EOS, PAD, UNK
 
 fast = settings(max_examples=20, deadline=None)
@@ -351,5 +351,18 @@ def test_a_flip_is_a_second_look(models):
     assert [c.ids for c in generate(model, pixels, config)] == [c.ids for c in generate(model, looks)]
     assert [c.ids for c in generate(model, pixels.flip(-1), config)] == [c.ids for c in generate(model, looks)]
     with pytest.raises(UserError, match='cannot be flipped'): generate(model, looks[0], config)
+    with pytest.raises(UserError, match='enlarged'): generate(model, looks[0], GenerateConfig(closer=True))
     with pytest.raises(UserError, match='same photos'): generate(model, [looks[0], looks[1][:2]])
     assert generate(model, [looks[0][:0], looks[1][:0]]) == []
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_a_closer_look_joins_each_look(flip):
+    config = GenerateConfig(flip=flip, closer=True)
+    torch.manual_seed(0)
+    pixels = torch.randn(3, 3, 24, 24)
+    whole = [pixels, pixels.flip(-1)][:1 + flip]
+    middle = [torch.nn.functional.interpolate(x[..., 2:22, 2:22], (24, 24), mode='bilinear') for x in whole]
+    looks = looks_of(pixels, config)
+    assert len(looks) == 2 + 2*flip
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(looks, [*whole, *middle]))

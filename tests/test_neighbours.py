@@ -92,6 +92,7 @@ def test_draws_judge_one_another_and_neighbours_help():
 def test_a_way_to_write():
     run = SimpleNamespace(choose=None, how=lambda **kw: GenerateConfig(**kw))
     assert way_to_write(run, 3, True) == GenerateConfig(beam=3, flip=True)
+    assert way_to_write(run, 3, closer=True) == GenerateConfig(beam=3, closer=True)
     with pytest.raises(UserError, match='add --neighbours'): way_to_write(run, draws=9)
     run.choose = max
     assert (how := way_to_write(run, draws=9)).method == 'sample' and how.draws == 9
