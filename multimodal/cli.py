@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.script import Param
 
-from .core import UserError
+from .core import UserError, list_images
 from .results import check_name, write_result
 from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_left_out, say_what_is_missing, settings)
@@ -167,7 +167,7 @@ def mm_caption(
     "Captions for any photos"
     from multimodal.explain import explain_photos; from multimodal.neighbours import way_to_write
     with quiet():
-        trained = captioner(run, weights, device, neighbours, also)
+        photos, trained = list_images(photos), captioner(run, weights, device, neighbours, also)
         how = way_to_write(trained, beam, flip, draws, closer), batch_size, (broken := []).append
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))

@@ -217,6 +217,12 @@ def test_flip_is_a_second_look_in_both_commands(run, home, capsys, monkeypatch):
     assert 'closer=True' not in mistake(capsys, mm_validate, str(run), device='cpu')
 
 
+def test_a_photo_that_is_not_there_is_said_before_weights_are_looked_for(tmp_path, capsys):
+    from multimodal.cli import mm_caption
+    said = mistake(capsys, mm_caption, [str(tmp_path/'gone.jpg')], weights=str(tmp_path/'none.pth'), device='cpu')
+    assert 'gone.jpg: no such file' in said and 'none.pth' not in said
+
+
 def test_sheets_are_pictures_and_their_folder_is_made(home, tmp_path, capsys):
     from multimodal.cli import mm_augment
     for name in ('sheet', 'sheet.xyz'): assert name in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/name))
