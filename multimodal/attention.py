@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import UserError
+from .products import Linear, linear
 
 # %% ../nbs/06_attention.ipynb #fd552fb2
 def attention(
@@ -114,7 +115,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         if dim % n_heads: raise UserError(f'attention: {n_heads} heads cannot share {dim} numbers; choose a divisor')
         self.n_heads, self.dropout = n_heads, dropout
-        self.qkv, self.out = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
+        self.qkv, self.out = Linear(dim, 3*dim), Linear(dim, dim)
 
 # %% ../nbs/06_attention.ipynb #6aecdb77
 @patch
@@ -123,7 +124,7 @@ def queries(self: MultiHeadAttention,
 ) -> torch.Tensor:  # [B, h, T, d]
     "What words ask of a memory"
     D = x.shape[-1]
-    return split_heads(F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D]), self.n_heads)
+    return split_heads(linear(x, self.qkv.weight[:D], self.qkv.bias[:D]), self.n_heads)
 
 @patch
 def keys_values(self: MultiHeadAttention,
@@ -131,7 +132,7 @@ def keys_values(self: MultiHeadAttention,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [N, h, P, d] each
     "What a memory answers with; compute it once and hand it to `forward` as often as you like"
     D = memory.shape[-1]
-    kv = F.linear(memory, self.qkv.weight[D:], self.qkv.bias[D:])                # [N, P, 2*D]
+    kv = linear(memory, self.qkv.weight[D:], self.qkv.bias[D:])                  # [N, P, 2*D]
     k, v = kv.chunk(2, -1)                                                       # [N, P, D] each
     return split_heads(k, self.n_heads), split_heads(v, self.n_heads)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .attention import MultiHeadAttention
+from .products import Linear
 
 # %% ../nbs/21a_blocks.ipynb #5b32379c
 def as_grid(rows: torch.Tensor) -> torch.Tensor:  # [B, P, C] → [B, C, √P, √P]
@@ -27,7 +28,7 @@ class LookBlock(nn.Module):
     ):
         super().__init__()
         self.norm, self.attend = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
-        self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, ff_mult*dim), nn.GELU(), nn.Linear(ff_mult*dim, dim))
+        self.ff = nn.Sequential(nn.LayerNorm(dim), Linear(dim, ff_mult*dim), nn.GELU(), Linear(ff_mult*dim, dim))
 
     def forward(self,
         x: torch.Tensor,  # rows [B, P, D]
@@ -69,8 +70,8 @@ class PlaceBlock(nn.Module):
         super().__init__()
         self.norm_self, self.attend_self = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
         self.norm_words, self.attend_words = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
-        self.norm, self.wide, self.narrow = nn.LayerNorm(dim), nn.Linear(dim, 2*dim), nn.Linear(2*dim, dim)
-        self.near, self.tune = nn.Conv2d(2*dim, 2*dim, 3, padding=1, groups=2*dim), nn.Linear(dim, 4*dim)
+        self.norm, self.wide, self.narrow = nn.LayerNorm(dim), Linear(dim, 2*dim), Linear(2*dim, dim)
+        self.near, self.tune = nn.Conv2d(2*dim, 2*dim, 3, padding=1, groups=2*dim), Linear(dim, 4*dim)
 
     def forward(self, x: torch.Tensor, words: Words, hour: torch.Tensor) -> torch.Tensor:  # [B, P, D], …, [B, D]
         factor, summand, factor_ff, summand_ff = self.tune(hour)[:, None].chunk(4, -1)         # [B, 1, D] each
@@ -86,7 +87,7 @@ class TunedBlock(nn.Module):
     def __init__(self, width: int, dim: int):  # W, channels, a multiple of 8; D, length of the vector
         super().__init__()
         self.norm, self.first = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
-        self.tune = nn.Linear(dim, 2*width)
+        self.tune = Linear(dim, 2*width)
         self.norm_out, self.out = nn.GroupNorm(8, width, affine=False), nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: torch.Tensor, hour: torch.Tensor) -> torch.Tensor:  # [B, W, h, w], [B, D] → [B, W, h, w]

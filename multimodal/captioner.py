@@ -9,13 +9,13 @@ __all__ = ['FUSIONS', 'FCFusion', 'CrossFusion', 'BothFusion', 'CaptionerConfig'
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .attention import KVCache, attention
 from .core import UserError
 from .encoder import EncoderConfig, ImageEncoder
 from .halfway import see
+from .products import Linear, linear
 from .transformer import OutputDecoder, TextEncoder, init_weights
 
 # %% ../nbs/07_captioner.ipynb #74c15f43
@@ -27,7 +27,7 @@ class FCFusion(nn.Module):
         super().__init__()
         wide = ff_mult * dim
         self.norm = nn.LayerNorm(dim)
-        self.mix = nn.Sequential(nn.Linear(2*dim, wide), nn.GELU(), nn.Linear(wide, dim), nn.Dropout(dropout))
+        self.mix = nn.Sequential(Linear(2*dim, wide), nn.GELU(), Linear(wide, dim), nn.Dropout(dropout))
 
     def forward(self,
         x: torch.Tensor,  # words [B, T, D]
@@ -137,7 +137,7 @@ def head(self: Captioner,
     hidden: torch.Tensor,  # [..., D]
 ) -> torch.Tensor:  # logits [..., V]
     "How well each word of the vocabulary fits: the table of the words, used backwards"
-    return F.linear(hidden, self.text.words.weight)
+    return linear(hidden, self.text.words.weight)
 
 # %% ../nbs/07_captioner.ipynb #26a7e4c8
 @patch

@@ -9,6 +9,7 @@ __all__ = ['orthogonal', 'muon_step', 'Muon', 'by_muon', 'make_optimizer']
 import torch
 from torch import nn
 from .optim import TrainConfig, param_groups
+from .products import fast_stacks
 
 # %% ../nbs/09d_muon.ipynb #c08d5c24
 def orthogonal(
@@ -67,7 +68,8 @@ class Muon(torch.optim.AdamW):
             alike = {}
             for p in group['params'] if group['muon'] else ():
                 if p.grad is not None: alike.setdefault(p.flatten(1).shape, []).append(p)
-            for weights in alike.values(): muon_step(weights, self.state, group)
+            with fast_stacks():
+                for weights in alike.values(): muon_step(weights, self.state, group)
         super().step()
         return loss
 

@@ -18,6 +18,7 @@ from .core import UserError
 from .dataloaders import Batch
 from .encoder import EncoderConfig, ImageEncoder
 from .halfway import see
+from .products import Linear
 from .recipe import hide_words
 from .text import PAD
 from .transformer import OutputDecoder, TextEncoder, init_weights
@@ -73,7 +74,7 @@ class Retriever(nn.Module):
         self.text, self.blocks = TextEncoder(c.vocab_size, c.embedding_dim, c.max_len, c.dropout), nn.Identity()
         if c.n_layers: self.blocks = OutputDecoder(c.n_layers, c.embedding_dim, c.n_heads, c.dropout, cross=False)
         self.pool = AttentionPool(c.embedding_dim, c.n_heads)
-        self.to_text, self.to_image = (nn.Linear(c.embedding_dim, c.embedding_dim, bias=False) for _ in range(2))
+        self.to_text, self.to_image = (Linear(c.embedding_dim, c.embedding_dim, bias=False) for _ in range(2))
         init_weights(self, max(1, c.n_layers))                            # of all so far, and not of the ResNet18
         self.dropout = nn.Dropout(c.dropout)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1/.07)))      # scale = 1 / temperature

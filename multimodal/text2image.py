@@ -16,6 +16,7 @@ from .attention import padding_mask
 from .blocks import LookBlock, PlaceBlock, ReadBlock, TunedBlock, Words, as_grid
 from .core import UserError
 from .flow import between, waves
+from .products import Linear
 from .text import EOS, PAD
 from .transformer import TextEncoder
 
@@ -50,14 +51,14 @@ class Painter(nn.Module):
         D, W, colours = c.embedding_dim, c.width, 3*c.fold**2
         self.text = TextEncoder(c.vocab_size, D, c.max_len)
         self.reader = nn.ModuleList(ReadBlock(D, c.n_heads) for _ in range(c.text_layers))
-        self.norm_words, self.gist = nn.LayerNorm(D), nn.Linear(D, D)
+        self.norm_words, self.gist = nn.LayerNorm(D), Linear(D, D)
         self.places = nn.Parameter(torch.empty((c.image_size//c.fold//2)**2, D))             # [P, D]
-        self.plan, self.enter = LookBlock(D, c.n_heads, ff_mult=2), nn.Linear(8*colours, D)
-        self.hour = nn.Sequential(nn.Linear(64, D), nn.SiLU(), nn.Linear(D, D))
+        self.plan, self.enter = LookBlock(D, c.n_heads, ff_mult=2), Linear(8*colours, D)
+        self.hour = nn.Sequential(Linear(64, D), nn.SiLU(), Linear(D, D))
         self.look = nn.ModuleList(PlaceBlock(D, c.n_heads) for _ in range(c.n_layers))
-        self.norm_coarse, self.tell = nn.LayerNorm(D), nn.Linear(D, 4*colours)
+        self.norm_coarse, self.tell = nn.LayerNorm(D), Linear(D, 4*colours)
         if c.mend_layers:
-            self.grow, self.join = nn.Linear(D, 4*W), nn.Conv2d(W + 3*colours, W, 3, padding=1)
+            self.grow, self.join = Linear(D, 4*W), nn.Conv2d(W + 3*colours, W, 3, padding=1)
             self.mend = nn.ModuleList(TunedBlock(W, D) for _ in range(c.mend_layers))
             self.norm, self.leave = nn.GroupNorm(8, W), nn.Conv2d(W, colours, 3, padding=1)
         self.reset()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from .attention import KVCache, MultiHeadAttention
 from .core import UserError
+from .products import Linear
 
 # %% ../nbs/06b_transformer.ipynb #de2d2ff7
 class TextEncoder(nn.Module):
@@ -46,7 +47,7 @@ class Block(nn.Module):
         self.norm_self, self.attend_self = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
         if cross: self.norm_cross, self.attend_cross = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
         wide = ff_mult * dim
-        self.norm_ff, self.ff = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
+        self.norm_ff, self.ff = nn.LayerNorm(dim), nn.Sequential(Linear(dim, wide), nn.GELU(), Linear(wide, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self,
