@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from .attention import KVCache, attention
 from .core import UserError
+from .dropout import Dropout
 from .encoder import EncoderConfig, ImageEncoder
 from .halfway import see
 from .products import Linear, linear
@@ -27,7 +28,7 @@ class FCFusion(nn.Module):
         super().__init__()
         wide = ff_mult * dim
         self.norm = nn.LayerNorm(dim)
-        self.mix = nn.Sequential(Linear(2*dim, wide), nn.GELU(), Linear(wide, dim), nn.Dropout(dropout))
+        self.mix = nn.Sequential(Linear(2*dim, wide), nn.GELU(), Linear(wide, dim), Dropout(dropout))
 
     def forward(self,
         x: torch.Tensor,  # words [B, T, D]
@@ -104,6 +105,14 @@ class Memory(NamedTuple):
         pick = lambda x: x.index_select(0, photos)
         kv = self.keys_values and tuple((pick(k), pick(v)) for k, v in self.keys_values)
         return Memory(pick(self.vectors), kv)
+
+    def split(self,
+        sizes: list[int],  # how many photos each part has; all together
+    ) -> list['Memory']:
+        "Parts of this memory, one after the other"
+        vectors, parts = self.vectors.split(sizes), [()]*len(sizes)
+        if self.keys_values: parts = zip(*(zip(k.split(sizes), v.split(sizes)) for k, v in self.keys_values))
+        return [Memory(v, kv or None) for v, kv in zip(vectors, parts)]
 
 # %% ../nbs/07_captioner.ipynb #b4894fb3
 @patch

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from .core import UserError
+from .dropout import Dropout
 from .products import Linear
 
 # %% ../nbs/04_encoder.ipynb #7d151b82
@@ -154,7 +155,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.config, self.channels, self.n_patches = config, config.channels, config.n_patches
         self.trunk = load_trunk(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.linear = Linear(self.channels, config.embedding_dim)
         if config.pool == 'grid': self.position = nn.Parameter(places(config))
         self.norm = nn.LayerNorm(config.embedding_dim)

@@ -29,6 +29,9 @@ class Memories(NamedTuple):
     ) -> 'Memories':  # of B photos
         return Memories(tuple(part.select(photos) for part in self.parts))
 
+    def split(self, sizes: list[int]) -> list['Memories']:
+        return [Memories(parts) for parts in zip(*(part.split(sizes) for part in self.parts))]
+
 # %% ../nbs/12c_ensemble.ipynb #39eceb6e
 class Eyes(nn.Module):
     "The image encoders of a group as one"

@@ -158,11 +158,12 @@ def caption_loss(
     word_dropout: float = 0.0,  # share of the words so far that are hidden; in training only
 ) -> tuple:                  # (sum to minimise, number of words, {'loss': …, 'accuracy': …}), padding left out
     "Cross-entropy of each next word, teacher-forced."
-    memory, sums = model.remember(model.encode(batch.images)), []
-    for tokens, owners in zip(batch.tokens, batch.owners):
+    memory = model.remember(model.encode(batch.images)).select(torch.cat(tuple(batch.owners)))
+    memories, sums = memory.split([len(owners) for owners in batch.owners]), []
+    for tokens, memory in zip(batch.tokens, memories):
         so_far, targets = tokens[:, :-1], tokens[:, 1:]                                        # [B, T] each
         if word_dropout and model.training: so_far = hide_words(so_far, word_dropout)
-        hidden = model.hidden(so_far, memory.select(owners))                                   # [B, T, D]
+        hidden = model.hidden(so_far, memory)                                                  # [B, T, D]
         real = targets != PAD
         logits, targets = model.head(hidden[real]).float(), targets[real]                      # [n, V], [n]
         logp = logits.log_softmax(-1)

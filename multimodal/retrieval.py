@@ -16,6 +16,7 @@ from torch import nn
 from .attention import MultiHeadAttention
 from .core import UserError
 from .dataloaders import Batch
+from .dropout import Dropout
 from .encoder import EncoderConfig, ImageEncoder
 from .halfway import see
 from .products import Linear
@@ -76,7 +77,7 @@ class Retriever(nn.Module):
         self.pool = AttentionPool(c.embedding_dim, c.n_heads)
         self.to_text, self.to_image = (Linear(c.embedding_dim, c.embedding_dim, bias=False) for _ in range(2))
         init_weights(self, max(1, c.n_layers))                            # of all so far, and not of the ResNet18
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1/.07)))      # scale = 1 / temperature
         self.encoder = ImageEncoder(c.encoder)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from .attention import KVCache, MultiHeadAttention
 from .core import UserError
+from .dropout import Dropout
 from .products import Linear
 
 # %% ../nbs/06b_transformer.ipynb #de2d2ff7
@@ -23,7 +24,7 @@ class TextEncoder(nn.Module):
     ):
         super().__init__()
         self.words, self.positions = nn.Embedding(vocab_size, dim), nn.Embedding(max_len, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self,
         tokens: torch.Tensor,  # ids [B, T]
@@ -48,7 +49,7 @@ class Block(nn.Module):
         if cross: self.norm_cross, self.attend_cross = nn.LayerNorm(dim), MultiHeadAttention(dim, n_heads)
         wide = ff_mult * dim
         self.norm_ff, self.ff = nn.LayerNorm(dim), nn.Sequential(Linear(dim, wide), nn.GELU(), Linear(wide, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self,
         x: torch.Tensor,  # words [B, T, D]
