@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from .captioner import Captioner
 from .core import UserError
+from .generate import Together
 from .halfway import features_of
 from .runs import Run
 
@@ -60,8 +61,6 @@ class Ensemble(nn.Module):
         super().__init__()
         self.models, self.config = nn.ModuleList(models), models[0].config
         self.encoder = Eyes([m.encoder for m in models])
-        self.decoder = nn.Module()      # that has blocks and does nothing: `Writing` makes a cache for each of them
-        self.decoder.blocks = nn.ModuleList(block for m in models for block in m.decoder.blocks)
 
 @patch
 def encode(self: Ensemble,
@@ -81,15 +80,9 @@ def remember(self: Ensemble, vectors: tuple) -> Memories:
 def hidden(self: Ensemble,
     tokens: torch.Tensor,  # ids [B, T]
     memory: Memories,  # of B photos, or of N photos with K captions of each in a row
-    caches: list | None = None,  # a `KVCache` for each block of each member
 ) -> torch.Tensor:  # [B, T, sum of all D]
     "The hidden vectors of all members, side by side"
-    rest, said = list(caches or ()), []
-    for m, part in zip(self.models, memory.parts):
-        n = len(m.decoder.blocks)
-        mine, rest = rest[:n], rest[n:]
-        said.append(m.hidden(tokens, part, mine or None))
-    return torch.cat(said, -1)
+    return torch.cat([m.hidden(tokens, part) for m, part in zip(self.models, memory.parts)], -1)
 
 @patch
 def head(self: Ensemble, hidden: torch.Tensor) -> torch.Tensor:                     # [..., sum of all D] → [..., V]
@@ -98,6 +91,11 @@ def head(self: Ensemble, hidden: torch.Tensor) -> torch.Tensor:                 
     return torch.stack([m.head(h) for m, h in zip(self.models, parts)]).mean(0)
 
 Ensemble.forward = Captioner.forward
+
+@patch
+def writing(self: Ensemble, memory: Memories, max_len: int) -> Together:
+    "Captions of the photos in a memory, to be written"
+    return Together([m.writing(part, max_len) for m, part in zip(self.models, memory.parts)])
 
 # %% ../nbs/12c_ensemble.ipynb #9b3e3c66
 @patch(as_prop=True)

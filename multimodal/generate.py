@@ -7,7 +7,6 @@ __all__ = ['GenerateConfig', 'ban_repeats', 'restrict', 'next_logprobs', 'sample
            'collect', 'beam_search', 'Together', 'looks_of', 'generate']
 
 # %% ../nbs/08_generate.ipynb #0293ac9b
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
@@ -15,6 +14,7 @@ from .captioner import Captioner, Writing
 from .core import UserError
 from .text import BOS, EOS, PAD, UNK
 from .views import closer
+from .writing import fill_holes
 
 # %% ../nbs/08_generate.ipynb #6e40f933
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def restrict(
     if t < config.min_len: logprobs[:, EOS] = -torch.inf
     if 0 < config.no_repeat_ngram <= t: ban_repeats(logprobs, words, config.no_repeat_ngram)
     if t == config.max_len: logprobs.fill_(-torch.inf)
+    elif not config.no_repeat_ngram: return logprobs                        # there are words that may come
     stuck = logprobs.amax(1) == -torch.inf
     logprobs[:, EOS] = torch.where(stuck, end, logprobs[:, EOS])
     return logprobs
@@ -89,15 +90,14 @@ def sample(
     config: GenerateConfig,  # temperature, top_k, top_p
 ) -> torch.Tensor:  # ids [R]
     "Draw a word for each row"
-    k = min(config.top_k or logprobs.shape[1], logprobs.shape[1])
-    logits, ids = (logprobs / config.temperature).topk(k)                   # [R, k], likeliest first
+    V, logits, some = logprobs.shape[1], logprobs / config.temperature, config.top_k or config.top_p < 1
+    if some: logits, ids = logits.topk(min(config.top_k or V, V))           # [R, k], likeliest first
     p = logits.softmax(-1)
-    likelier = p.cumsum(-1) - p                                             # probability of all words before
-    p = p.masked_fill(likelier >= config.top_p, 0)
+    if some: p = p.masked_fill(p.cumsum(-1) - p >= config.top_p, 0)         # by the probability of all words before
     scale = p.cumsum(-1)
-    place = torch.searchsorted(scale, luck[:, None] * scale[:, -1:], right=True)        # [R, 1]
-    last = (p > 0).sum(-1, keepdim=True) - 1                                # rounding must not fall off the end
-    return ids.gather(1, place.minimum(last))[:, 0]
+    end = scale[:, -1:]                                                     # rounding must not fall off it
+    place = torch.searchsorted(scale, (luck[:, None]*end).minimum(end.nextafter(0*end)), right=True)      # [R, 1]
+    return (ids.gather(1, place) if some else place)[:, 0]
 
 # %% ../nbs/08_generate.ipynb #eb56509a
 class Caption(NamedTuple):
@@ -112,8 +112,7 @@ def one_by_one(
     "One draft for each photo, one word after the other"
     N, device, greedy = writing.n_photos, writing.device, config.method != 'sample'
     luck = torch.rand(N, config.max_len + 1, generator=torch.Generator().manual_seed(config.seed)).to(device)
-    captions = [None]*N
-    photo, total, words = torch.arange(N, device=device), luck.new_zeros(N), luck.new_zeros(N, 0).long()
+    captions, photo, total, words = [None]*N, torch.arange(N, device=device), luck.new_zeros(N), luck[:, :0].long()
     while len(photo):
         logprobs = next_logprobs(writing, words, config)                    # [R, V]
         token = logprobs.argmax(-1) if greedy else sample(logprobs, luck[photo, words.shape[1]], config)   # [R]
@@ -121,7 +120,7 @@ def one_by_one(
         for r in ended.nonzero()[:, 0].tolist(): captions[photo[r]] = Caption(words[r].tolist(), total[r].item())
         words = torch.cat([words, token[:, None]], 1)                       # [R, t+1]
         if ended.any():
-            left = (~ended).nonzero()[:, 0]
+            left = fill_holes(~ended)
             writing.keep(left, left)
             photo, total, words = photo[left], total[left], words[left]
     return captions
@@ -176,11 +175,10 @@ def beam_search(
         collect(done, (total / length).masked_fill(~ended, -torch.inf)[:, :K], words, total, K)
         go = ended.long().argsort(dim=1, stable=True)[:, :K]       # False sorts first; stable: best first
         total, words, parent = take(total.masked_fill(ended, -torch.inf), go), take(words, go), take(parent, go)
-        best = (total[:, 0] / length).tolist()
-        on = [b > (d[-1][0] if len(d) == K else -math.inf) for b, d in zip(best, done)]      # is there hope?
-        for i in range(n):
-            if not on[i]: captions[photo[i]] = [Caption(*caption[1:]) for caption in done[i]]
-        left, rows = torch.tensor(on, device=device).nonzero()[:, 0], torch.arange(n, device=device)[:, None]*k + parent
+        hope = zip((total[:, 0] / length).tolist(), done)
+        on = [best > (d[-1][0] if len(d) == K else -torch.inf) for best, d in hope]
+        for i in (i for i in range(n) if not on[i]): captions[photo[i]] = [Caption(*c[1:]) for c in done[i]]
+        left, rows = fill_holes(torch.tensor(on, device=device)), torch.arange(n, device=device)[:, None]*k + parent
         writing.keep(rows[left].flatten(), None if all(on) else left)
         photo, done, total, words = [photo[i] for i in left], [done[i] for i in left], total[left], words[left]
     return captions
@@ -191,7 +189,9 @@ class Together:
     def __init__(self, writings: list):
         self.writings, self.n_photos, self.device = writings, writings[0].n_photos, writings[0].device
 
-    def step(self, tokens): return torch.stack([w.step(tokens) for w in self.writings]).mean(0)
+    def step(self, tokens):
+        logits = [w.step(tokens) for w in self.writings]
+        return torch.stack(logits).mean(0) if logits[1:] else logits[0]
 
     def keep(self, rows, photos=None):
         for w in self.writings: w.keep(rows, photos)
@@ -230,7 +230,7 @@ def generate(
         memories = [model.remember(model.encode(look)) for look in looks]
         rows = torch.arange(len(looks[0]), device=looks[0].device).repeat_interleave(K)
         if config.method == 'sample' and K > 1: memories = [m.select(rows) for m in memories]
-        writing = Together([Writing(model, m, config.max_len + 1) for m in memories])
+        writing = Together([model.writing(m, config.max_len + 1) for m in memories])
         if config.method == 'beam' and K > 1: found = beam_search(writing, config)
         else: one = one_by_one(writing, config); found = [one[i:i + K] for i in range(0, len(one), K)]   # K of a photo
         return choose(looks[0], found, config) if choose else [captions[0] for captions in found]

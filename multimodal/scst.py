@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .captioner import Captioner, Memory, Writing
+from .captioner import Captioner, Memory
 from .cider import Idf, cider
 from .core import UserError
 from .dataloaders import Batch, pad
@@ -42,7 +42,7 @@ def write(
     "A caption for each row of a memory, as ids to learn from"
     training, most = model.training, config.max_len + 1                                           # BOS is one more
     model.eval()
-    try: captions = one_by_one(Writing(model, memory, most), config)
+    try: captions = one_by_one(model.writing(memory, most), config)
     finally: model.train(training)
     return pad([np.array([BOS, *c.ids, EOS]) for c in captions]).to(memory.vectors.device)
 

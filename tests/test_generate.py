@@ -4,7 +4,8 @@ from itertools import product
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig, Writing
+from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig
+from multimodal.writing import QuickWriting
 from multimodal.core import UserError
 from multimodal.encoder import EncoderConfig
 from multimodal.generate import GenerateConfig, ban_repeats, extend, generate, looks_of, restrict, sample
@@ -267,11 +268,11 @@ def test_restrict_always_leaves_a_way():
 @pytest.mark.parametrize('method,K', [('greedy', 1), ('beam', 4)])
 def test_finished_captions_leave_the_batch(models, monkeypatch, method, K):
     model, features, sizes = reseed(models['cross'], 1), torch.randn(16, 9, 64), []
-    step = Writing.step
+    step = QuickWriting.step
     def counted(self, tokens):
-        sizes.append((len(tokens), len(self.memory.vectors)))
+        sizes.append((len(tokens), self.n_photos))
         return step(self, tokens)
-    monkeypatch.setattr(Writing, 'step', counted)
+    monkeypatch.setattr(QuickWriting, 'step', counted)
     captions = generate(model, features, GenerateConfig(method, beam=K))
     assert sizes[0] == (16, 16)                            # the first word is read once a photo
     rows, photos = zip(*sizes[1:])
