@@ -49,20 +49,21 @@ def write(
 # %% ../nbs/12a_scst.ipynb #f48e09e6
 def logprobs(
     model: Captioner,
-    memory: Memory,        # of the photo of each caption
+    memory: Memory,        # of the photo of each caption, or of N photos with K captions of each in a row
     tokens: torch.Tensor,  # ids [B, T], BOS … EOS, then PAD, as `write` drew them
     max_words: int = 30,   # most words of a caption: after these, the end was no choice
 ) -> torch.Tensor:         # [B]
     "The log of the probability with which whole captions are drawn (at temperature 1, from all that may be drawn)"
-    logits = model.head(model.hidden(tokens[:, :-1], memory)).float()                              # [B, T-1, V]
-    barred = torch.zeros_like(logits[:1], dtype=torch.bool)                                        # [1, T-1, V]
-    barred[..., [PAD, BOS, UNK]] = True
-    barred[:, 0, EOS] = True                                           # no end before the first word
-    steps = logits.masked_fill(barred, -torch.inf).log_softmax(-1)
     said = tokens[:, 1:].clone()
     said[:, max_words:] = PAD                                          # an end that is certain: log 1 = 0
-    chosen = steps.gather(-1, said[..., None])[..., 0]                                             # [B, T-1]
-    return chosen.masked_fill(said == PAD, 0).sum(1)
+    caption, place = (said != PAD).nonzero(as_tuple=True)              # [n] each: only what was chosen counts
+    logits = model.head(model.hidden(tokens[:, :-1], memory)[caption, place]).float()              # [n, V]
+    barred = torch.zeros_like(logits, dtype=torch.bool)
+    barred[:, [PAD, BOS, UNK]] = True
+    barred[:, EOS] = place == 0                                        # no end before the first word
+    steps = logits.masked_fill(barred, -torch.inf).log_softmax(-1)
+    chosen = steps.gather(-1, said[caption, place][:, None])[:, 0]                                 # [n]
+    return chosen.new_zeros(len(tokens)).index_add(0, caption, chosen)
 
 # %% ../nbs/12a_scst.ipynb #14e5a5ed
 def references_of(
@@ -105,9 +106,9 @@ class PaidLoss:
         if not model.training:
             paid = self.pay(write(model, memory, GenerateConfig('greedy', max_len=self.max_words)), batch).sum()
             return -paid, n, {'loss': -paid, 'paid': paid}
-        memory = memory.select(torch.arange(n, device=batch.images.device).repeat_interleave(self.samples))
+        each = memory.select(torch.arange(n, device=batch.images.device).repeat_interleave(self.samples))
         seed = int(torch.randint(2**31, (1,)))  # of the trainer's own luck, so that a resumed run draws the same
-        tokens = write(model, memory, GenerateConfig('sample', max_len=self.max_words, seed=seed))
+        tokens = write(model, each, GenerateConfig('sample', max_len=self.max_words, seed=seed))
         paid = self.pay(tokens, batch)                                                             # [N, K]
         logp = logprobs(model, memory, tokens, self.max_words)                                    # [N*K]
         loss = -(advantages(paid).flatten()*logp).sum()/self.samples
