@@ -175,8 +175,7 @@ def beam_search(
         collect(done, (total / length).masked_fill(~ended, -torch.inf)[:, :K], words, total, K)
         go = ended.long().argsort(dim=1, stable=True)[:, :K]       # False sorts first; stable: best first
         total, words, parent = take(total.masked_fill(ended, -torch.inf), go), take(words, go), take(parent, go)
-        hope = zip((total[:, 0] / length).tolist(), done)
-        on = [best > (d[-1][0] if len(d) == K else -torch.inf) for best, d in hope]
+        on = [b > (d[-1][0] if len(d) == K else -torch.inf) for b, d in zip((total[:, 0] / length).tolist(), done)]
         for i in (i for i in range(n) if not on[i]): captions[photo[i]] = [Caption(*c[1:]) for c in done[i]]
         left, rows = fill_holes(torch.tensor(on, device=device)), torch.arange(n, device=device)[:, None]*k + parent
         writing.keep(rows[left].flatten(), None if all(on) else left)
@@ -225,7 +224,7 @@ def generate(
     if choose and K < 2: raise UserError('generate: one chooses among several: let the beam be 2 or more')
     looks, training = looks_of(images, config), model.training
     if not len(looks[0]): return []
-    model.eval()
+    if training: model.eval()                                                   # asking all its parts takes a while
     try:
         memories = [model.remember(model.encode(look)) for look in looks]
         rows = torch.arange(len(looks[0]), device=looks[0].device).repeat_interleave(K)
@@ -234,4 +233,4 @@ def generate(
         if config.method == 'beam' and K > 1: found = beam_search(writing, config)
         else: one = one_by_one(writing, config); found = [one[i:i + K] for i in range(0, len(one), K)]   # K of a photo
         return choose(looks[0], found, config) if choose else [captions[0] for captions in found]
-    finally: model.train(training)
+    finally: training and model.train()
