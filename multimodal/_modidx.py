@@ -857,5 +857,5 @@ d = { 'settings': { 'branch': 'main',
                                     'multimodal.writing.QuickWriting.step': ('writing.html#quickwriting.step', 'multimodal/writing.py'),
                                     'multimodal.writing.fill_holes': ('writing.html#fill_holes', 'multimodal/writing.py'),
                                     'multimodal.writing.go_on': ('writing.html#go_on', 'multimodal/writing.py'),
-                                    'multimodal.writing.norm': ('writing.html#norm', 'multimodal/writing.py'),
+                                    'multimodal.writing.normed': ('writing.html#normed', 'multimodal/writing.py'),
                                     'multimodal.writing.weights_of': ('writing.html#weights_of', 'multimodal/writing.py')}}}

@@ -9,17 +9,18 @@ __all__ = ['lots', 'Hide', 'Dropout']
 import torch
 from torch import nn
 
-# %% ../nbs/03b_dropout.ipynb #c5842294
+# %% ../nbs/03b_dropout.ipynb #a59527fc
 def lots(
-    shape,     # of the mask
-    p: float,  # share of False, 0 to 1, rounded to 1/65,536
+    shape: tuple,  # of the mask
+    p: float,      # share of False, 0 to 1, rounded to 1/65,536
 ) -> torch.Tensor:  # bool
     "True for the numbers that stay"
     n, cut = torch.Size(shape).numel(), round(p*65536) - 32768                 # from -32,768 to 32,767 there are 65,536
+    if cut > 32767: return torch.zeros(shape, dtype=torch.bool)
     drawn = torch.empty((n + 3)//4, dtype=torch.int64).random_(-2**63, None)   # four answers each
     return (drawn.view(torch.int16)[:n] >= cut).view(shape)
 
-# %% ../nbs/03b_dropout.ipynb #7818cb37
+# %% ../nbs/03b_dropout.ipynb #f8c36e1a
 class Hide(torch.autograd.Function):
     "x where the lots say so, made larger; 0 elsewhere"
     @staticmethod
@@ -36,5 +37,6 @@ class Dropout(nn.Dropout):
     "`nn.Dropout`, whose lots are drawn faster on a processor"
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0: return x
-        if x.device.type != 'cpu' or not x.is_floating_point() or self.p == 1: return super().forward(x)
-        return Hide.apply(x, lots(x.shape, self.p), 1/(1 - self.p))
+        p = round(self.p*65536)/65536
+        if x.device.type != 'cpu' or not x.is_floating_point() or p == 1: return super().forward(x)
+        return Hide.apply(x, lots(x.shape, p), 1/(1 - p))
