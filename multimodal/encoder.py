@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from .core import UserError
 from .dropout import Dropout
+from .folding import Folding
 from .products import Linear
 
 # %% ../nbs/04_encoder.ipynb #7d151b82
@@ -154,7 +155,7 @@ class ImageEncoder(nn.Module):
     ):
         super().__init__()
         self.config, self.channels, self.n_patches = config, config.channels, config.n_patches
-        self.trunk = load_trunk(config)
+        self.trunk, self.fold = load_trunk(config), Folding()
         self.dropout = Dropout(config.dropout)
         self.linear = Linear(self.channels, config.embedding_dim)
         if config.pool == 'grid': self.position = nn.Parameter(places(config))
@@ -188,7 +189,7 @@ def features(self: ImageEncoder,
         raise UserError(f'encoder: pictures are {list(images.shape[1:])}, this encoder wants [3, {size}, {size}]')
     told, kept = {f'layer{stage}' for stage in self.config.stages}, []
     x = images.contiguous(memory_format=torch.channels_last)
-    for name, part in self.trunk.named_children():
+    for name, part in self.fold(self.trunk).named_children():
         x = part(x)                                                       # [N, its channels, its h, its w]
         if name in told: kept.append(x)
     x = torch.cat([F.adaptive_avg_pool2d(k, x.shape[-2:]) for k in kept], 1)                  # [N, C, h, w]
