@@ -47,7 +47,7 @@ class FeatureCache:
         skipped: dict[str, str]|None = None,  # path → why there are no features of it
     ):
         self.folder, self.paths, self.shape, self.views = Path(folder), list(paths), tuple(shape), tuple(views)
-        self.skipped, self.arrays = dict(skipped or {}), {}
+        self.skipped, self.arrays, self.touched = dict(skipped or {}), {}, 0
         self.rows = {str(p): row for row, p in enumerate(self.paths) if str(p) not in self.skipped}
         with io.BytesIO() as f:
             about = dict(descr='<f2', fortran_order=False, shape=(len(self.paths), *self.shape))
@@ -70,10 +70,14 @@ def get(self: FeatureCache,
     view: str = 'plain',  # which view
 ) -> np.ndarray:  # float16 [P, C] for one row, [n, P, C] for several
     "Features of some photos; raises `UserError` where the view is not there"
-    if view not in self.arrays:
+    if self.touched > 500: self.arrays, self.touched = {}, 0
+    arrays = self.arrays
+    if view not in arrays:
         if not self.is_whole(view): raise UserError(f'{self.folder}: no features of view {view!r}; build them first')
-        self.arrays[view] = np.load(self.folder/f'{view}.npy', mmap_mode='r')
-    return np.array(self.arrays[view][rows])
+        arrays[view] = np.load(self.folder/f'{view}.npy', mmap_mode='r')
+    some = np.array(arrays[view][rows])
+    self.touched += some.size//(self.shape[0]*self.shape[1])
+    return some
 
 @patch
 def __getitem__(self: FeatureCache, rows): return self.get(rows)

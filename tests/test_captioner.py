@@ -133,15 +133,16 @@ def test_attention_maps(models):
     with pytest.raises(UserError, match='does not look'): models['fc'].attention_maps(features, tokens)
 
 
-def test_logits_of_gpt2():
-    transformers = pytest.importorskip('transformers')
-    from helpers_gpt2 import to_gpt2
-    model = build(vocab_size=30, std=.4)
-    theirs = to_gpt2(model, transformers)
+@pytest.mark.parametrize('fusion', ['cross', 'both'])
+def test_logits_of_gpt2(fusion):
+    pytest.importorskip('transformers')
+    from multimodal.peers import gpt2_of
+    model = build(vocab_size=30, fusion=fusion, std=.4)
     features, tokens = torch.randn(4, 9, 64), torch.randint(30, (4, 11))
     with torch.no_grad():
         memory = model.encode(features)
-        close(model(features, tokens), theirs(input_ids=tokens, encoder_hidden_states=memory).logits)
+        theirs = gpt2_of(model)(input_ids=tokens, encoder_hidden_states=memory, photo=memory.mean(1))
+        close(model(features, tokens), theirs.logits)
 
 
 @pytest.mark.parametrize('bad', [dict(fusion='glue'), dict(vocab_size=0), dict(n_layers=0), dict(dropout=1.), dict(max_len=0),

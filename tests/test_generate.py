@@ -160,21 +160,14 @@ def transformers():
 @pytest.mark.parametrize('rules', [{}, {'length_penalty': 0.}, {'length_penalty': 2.}, {'no_repeat_ngram': 2}, {'min_len': 6},
                                    {'no_repeat_ngram': 1, 'min_len': 3, 'length_penalty': .5}])
 def test_hugging_face(models, transformers, beam, rules):
-    from helpers_gpt2 import to_gpt2
+    from multimodal.peers import gpt2_of, write_by_gpt2
     model = models['cross']
     different = 0
     for seed in range(3):
-        theirs = to_gpt2(reseed(model, seed, std=.35, ending=1.5), transformers)
+        theirs = gpt2_of(reseed(model, seed, std=.35, ending=1.5))
         features = torch.randn(6, 9, 64)
-        ours = generate(model, features, GenerateConfig(beam=beam, max_len=38, **rules))
-        kw = {'length_penalty': rules.get('length_penalty', GenerateConfig.length_penalty)} if beam > 1 else {}
-        with torch.inference_mode():
-            ids = theirs.generate(
-                torch.full((6, 1), BOS), attention_mask=torch.ones(6, 1, dtype=torch.long),
-                encoder_hidden_states=model.encode(features), num_beams=beam, do_sample=False, max_new_tokens=39,
-                min_new_tokens=rules.get('min_len', 1), no_repeat_ngram_size=rules.get('no_repeat_ngram', 0),
-                suppress_tokens=[PAD, BOS, UNK], eos_token_id=EOS, pad_token_id=PAD, **kw)
-        expected = [row[1:row.index(EOS)] for row in ids.tolist()]
+        config = GenerateConfig(beam=beam, max_len=38, **rules)
+        ours, expected = generate(model, features, config), write_by_gpt2(theirs, model.encode(features), config)
         assert [c.ids for c in ours] == expected
         different += len({tuple(c.ids) for c in ours})
     assert different > 6                                   # they were not all the same caption
