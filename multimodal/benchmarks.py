@@ -63,7 +63,7 @@ class Bench:
         with torch.inference_mode():
             self.features = torch.cat([self.encoder.features(x) for x in self.photos.split(16)]).clone()
 
-    def n(self, many: int) -> int: return max(16, many//4) if self.quick else many
+    def n(self, many: int) -> int: return max(16, many//8) if self.quick else many
 
 # %% ../nbs/33_benchmarks.ipynb #b000000a
 def writing_rows(b: Bench) -> list:  # of `Speed`
@@ -138,7 +138,7 @@ def file_rows(b: Bench) -> list:
     images = torch.stack([b.transform(load_image(p)) for p in paths])
     def ours(): return b.run.caption(paths)
     def theirs(): return [generate(b.model, x, b.run.how()) for x in images.split(32)]
-    found, n = race(ours, theirs, min(b.rounds, 3)), len(paths)
+    found, n = race(ours, theirs, b.rounds), len(paths)
     return [speed(f'{n} photo files to captions, beside tensors to captions', found, n, .9, 'photos/s')]
 
 # %% ../nbs/33_benchmarks.ipynb #b0000010
@@ -180,7 +180,7 @@ def seeing_rows(b: Bench) -> list:
     def bare():
         with torch.inference_mode(): return [b.encoder.features(x) for x in images.split(32)]
     name = 'features of photo files, kept, beside the ResNet18 alone'
-    return [speed(name, race(keep, bare, min(b.rounds, 3)), n, .92, 'photos/s')]
+    return [speed(name, race(keep, bare, b.rounds), n, .92, 'photos/s')]
 
 # %% ../nbs/33_benchmarks.ipynb #b0000013
 def original_pieces(b: Bench, folder: Path) -> dict:  # seconds for each photo or caption

@@ -14,7 +14,7 @@ from fastcore.script import Param
 
 from .core import UserError, list_images
 from .results import check_name, write_result
-from .terminal import (between_limits, command, home, is_drawn, open_data, pair_coco, pair_lines,
+from .terminal import (between_limits, command, few_shapes, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_left_out, say_what_is_missing, settings)
 from .wiring import (captioner, config_to_train, data_to_measure, draw_file, in_words, measure, opened,
                                task_of, what_next)
@@ -89,6 +89,7 @@ def mm_train(
     set: Settings = None,
 ):
     "Train into a run folder; Ctrl-C stops it so that it can be resumed"
+    few_shapes()
     from multimodal.tasks import train_run
     learned = task_of(task, (resume and run) or init)
     said = dict(weights=weights, fusion=fusion, image_size=size, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
