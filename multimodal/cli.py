@@ -89,8 +89,7 @@ def mm_train(
     set: Settings = None,
 ):
     "Train into a run folder; Ctrl-C stops it so that it can be resumed"
-    few_shapes()
-    from multimodal.tasks import train_run
+    few_shapes(); from multimodal.tasks import train_run
     learned = task_of(task, (resume and run) or init)
     said = dict(weights=weights, fusion=fusion, image_size=size, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     given = {k: v for k, v in said.items() if v is not None} | settings(set)
