@@ -54,12 +54,12 @@ class Bench:
     run: Run            # a trained captioner, frozen
     items: list         # photos with their captions
     rounds: int = 5     # turns that count
-    quick: bool = False # fewer photos
+    quick: bool = False # fewer photos where files are read
 
     def __post_init__(self):
         self.transform = ImageTransform(self.run.config.image_size)
         self.model, self.encoder = self.run.model.eval(), self.run.model.encoder
-        self.photos = torch.stack([self.transform(load_image(item.image)) for item in self.items[:self.n(64)]])
+        self.photos = torch.stack([self.transform(load_image(item.image)) for item in self.items[:64]])
         with torch.inference_mode():
             self.features = torch.cat([self.encoder.features(x) for x in self.photos.split(16)]).clone()
 
