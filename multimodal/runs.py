@@ -23,7 +23,6 @@ from .optim import add_sums, means
 from .recipe import RunConfig, caption_loss
 from .saving import load_captioner
 from .tasks import Task, TrainedRun, open_run, say_skipped, train_run
-from .views import read_ahead
 
 # %% ../nbs/10c_runs.ipynb #6b7f885d
 @dataclass
@@ -69,12 +68,11 @@ def caption(self: Run,
     paths, rows, wrong, config = list_images(paths), [], [], self.how(config)
     if batch_size < 1: raise UserError(f'batch_size {batch_size}: must be at least 1')
     transform, device = ImageTransform(self.config.image_size), next(self.model.parameters()).device
-    def look(path):
-        try: return path, transform(load_image(path))
-        except UserError as e: return e
-    for batch in read_ahead(look, paths, batch_size):
-        good = [x for x in batch if not isinstance(x, UserError)]
-        wrong += [x for x in batch if isinstance(x, UserError)]
+    for i in range(0, len(paths), batch_size):
+        good = []
+        for path in paths[i:i + batch_size]:
+            try: good.append((path, transform(load_image(path))))
+            except UserError as e: wrong.append(e)
         if not good: continue
         written = generate(self.model, torch.stack([x for _, x in good]).to(device), config, self.choose)
         rows += [{'image': str(path), 'caption': self.vocab.decode(c.ids), 'logprob': c.logprob}
