@@ -30,7 +30,7 @@ def mm_demo(
     out: str = 'demo',   # folder for data, run, pictures and report
     device: str = None,  # cpu, cuda, …; the best there is if not given
 ):
-    "The whole story on drawn scenes: train, evaluate, caption, search, draw; leaves a report (about 4 minutes)"
+    "The whole story on drawn scenes: train, evaluate, caption, search, draw; leaves a report (two to four minutes)"
     from multimodal.demo import demo
     print(f'look at {demo(out, device=device)}')
 

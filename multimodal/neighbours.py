@@ -32,9 +32,9 @@ class Neighbours:
         keys: torch.Tensor,     # vectors of length 1 [M, C]
         centre: torch.Tensor,   # what was subtracted before [C]
         tokens: torch.Tensor,   # captions as ids, EOS at the end, then PAD [R, L]
-        owners: torch.Tensor,   # the photo of each caption, not falling [R]
+        owners: torch.Tensor,   # the photo of each caption, in ascending order [R]
         k: int = 16,            # photos that are asked
-        weight: float = 5.0,    # of what they say, beside what a captioner itself thinks of its captions
+        weight: float = 5.0,    # of what they say, beside what a captioner itself thinks of its captions: see `best_of`
         length_penalty: float = 0.5,  # that thought is logprob / (words + 1)**length_penalty
     ):
         self.keys, self.centre, self.tokens, self.owners = keys.float(), centre, tokens, owners
@@ -90,7 +90,7 @@ def agreement(
 
 # %% ../nbs/12b_neighbours.ipynb #115babf1
 def consensus(
-    asked: Neighbours,  # who know what runs of words are worth
+    asked: Neighbours,  # whose `idf` weighs runs of words
     captions: list,     # for each photo, captions as ids without EOS
 ) -> list:              # for each photo, CIDEr of each caption against all of them
     "How much the captions of a photo agree with one another"
