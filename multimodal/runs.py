@@ -56,6 +56,12 @@ def how(self: Run, config: GenerateConfig | None = None, **asked) -> GenerateCon
     config = config or GenerateConfig(**{'length_penalty': self.config.length_penalty, **asked})
     return replace(config, max_len=min(config.max_len, self.config.max_words))
 
+@patch
+def at_once(self: Run, config: GenerateConfig, most: int) -> int:  # photos
+    "How many photos to write about at a time: fewer where each draw, look and captioner has a copy of what was seen"
+    copies = (1 + len(self.others))*(1 + config.flip)*(1 + config.closer)
+    return max(1, most//copies) if config.draws > 1 else most
+
 # %% ../nbs/10c_runs.ipynb #1d02b57c
 @patch
 def caption(self: Run,
@@ -68,6 +74,7 @@ def caption(self: Run,
     paths, rows, wrong, config = list_images(paths), [], [], self.how(config)
     if batch_size < 1: raise UserError(f'batch_size {batch_size}: must be at least 1')
     transform, device = ImageTransform(self.config.image_size), next(self.model.parameters()).device
+    batch_size = self.at_once(config, batch_size)
     for i in range(0, len(paths), batch_size):
         good = []
         for path in paths[i:i + batch_size]:
@@ -97,7 +104,7 @@ def predict(self: Run,
     dataset = CaptionDataset(data[split], self.vocab, ImageTransform(self.config.image_size), self.config.max_words)
     written, sums, device, config = [], {}, next(self.model.parameters()).device, self.how(config)
     say_skipped(dataset, say)
-    for batch in make_loader(dataset, batch_size):
+    for batch in make_loader(dataset, self.at_once(config, batch_size)):
         with torch.no_grad():
             photos = batch.images.to(device)
             looks = [self.model.encoder.features(x) for x in looks_of(photos, config)]              # [N, P, C] each
