@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD', 'CARD_END', 'data_facts', 'without_folders', 'given_weights', 'model_facts', 'program_facts', 'check_name',
-           'write_result', 'read_results', 'mean_and_spread', 'model_card']
+           'write_result', 'way_of', 'read_results', 'mean_and_spread', 'model_card']
 
 # %% ../nbs/38_results.ipynb #26dac89c
 import hashlib, os, platform, statistics, sys
@@ -79,6 +79,15 @@ def write_result(
     check_name(file)
     write_json(file, {'scores': scores, **program_facts(), 'data': data_facts(data), 'model': model_facts(trained)})
 
+# %% ../nbs/38_results.ipynb #b38a0f01
+def way_of(
+    command: str,  # as `program_facts` notes it
+) -> list:         # its options without those that name places; of numbers, the numbers too
+    "How something was measured"
+    words = command.replace('=', ' ').split()
+    said = [w for w in words if w.startswith('--') and w not in ('--out', '--data', '--weights', '--device', '--json')]
+    return sorted(f'{w} {words[words.index(w) + 1]}' if w in ('--beam', '--draws') else w for w in said)
+
 # %% ../nbs/38_results.ipynb #94c2c37a
 def read_results(
     folder: Path,  # with JSON files of `write_result`
@@ -90,10 +99,13 @@ def read_results(
     results = [read_json(f) for f in files]
     def same(r):
         settings = {k: v for k, v in r['model']['settings'].items() if k not in ('seed', 'init')}
-        return settings, r['data']['sha256'], r['scores']['split'], r['model']['resnet18_sha256']
+        return settings, r['data']['sha256'], r['scores']['split'], r['model']['resnet18_sha256'], way_of(r['command'])
+    parts, seeds = ('settings', 'data', 'split', 'weights', 'way of measuring'), {}
     for file, r in zip(files, results):
-        unlike = [k for k, a, b in zip(('settings', 'data', 'split', 'weights'), same(r), same(results[0])) if a != b]
+        unlike = [k for k, a, b in zip(parts, same(r), same(results[0])) if a != b]
         if unlike: raise UserError(f'{file.name} and {files[0].name} differ in more than the seed: {", ".join(unlike)}')
+        twin = seeds.setdefault(r['model']['settings'].get('seed'), file)
+        if twin != file: raise UserError(f'{file.name} and {twin.name} are of the same seed')
     return results
 
 # %% ../nbs/38_results.ipynb #bc936626
@@ -139,9 +151,10 @@ On the {n:,} photos of the official {split} split, with a beam of 5, scored by c
 ## What it cannot do
 
 It says what is common in its few thousand photos, of dogs, children, sports and water above all: it names things that
-are not there, counts badly, and knows few words for anything rare. Of lone people whom everybody else calls a woman or
-a girl, it calls nearly four in ten a man or a boy: in what it learned from, those are far more frequent. It reads no
-writing and knows nobody. Do not let it decide anything about people. `13a_failures` shows where it fails, with figures.
+are not there, counts badly, and knows few words for anything rare. Of lone people whom others call a woman or a girl,
+and nobody a man or a boy, it calls nearly four in ten a man or a boy: in what it learned from, those are far more
+frequent. It reads no writing and knows nobody. Do not let it decide anything about people. `13a_failures` shows where
+it fails, with figures.
 """
 
 def model_card(
