@@ -157,6 +157,7 @@ frequent. It reads no writing and knows nobody. Do not let it decide anything ab
 it fails, with figures.
 """
 
+# %% ../nbs/38_results.ipynb #b38a0f02
 def model_card(
     result: dict,  # of `write_result`
     how: str,      # the captioner was trained, in words
