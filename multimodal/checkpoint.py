@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .core import UserError, atomic_write
+from .core import UserError, atomic_write, place
 
 # %% ../nbs/09c_checkpoint.ipynb #4c6aa268
 def save_tensors(
@@ -204,10 +204,10 @@ class StopRequest:
 
     def _ask(self, number, frame):
         if os.getpid() != self.pid: return
-        self.asked = True
-        self.__exit__()
+        self.asked, alone = True, place()[1] == 1
+        if alone: self.__exit__()
         # not `print`: a signal may come in the middle of another `print`
-        os.write(2, b'\nStopping after this step; once more to stop at once.\n')
+        os.write(2, b'\nStopping after this step' + b'; once more to stop at once'*alone + b'.\n')
 
     def __exit__(self, *error):
         for s, handler in self.old.items(): signal.signal(s, handler or signal.SIG_DFL)

@@ -138,11 +138,12 @@ def make_accelerator(
 
 # %% ../nbs/09b_optim.ipynb #1dc3182e
 def seed_step(
-    seed: int,  # of the run
-    step: int,  # number of the step
+    seed: int,      # of the run
+    step: int,      # number of the step
+    rank: int = 0,  # number of the process, where several learn together: each has a luck of its own
 ):
-    "Make all randomness from here to the next call a function of `seed` and `step`."
-    set_seed(random.Random(f'{seed}/{step}').randrange(2**32))
+    "Make all randomness from here to the next call a function of `seed`, `step` and `rank`."
+    set_seed(random.Random(f'{seed}/{step}' + (f'/{rank}' if rank else '')).randrange(2**32))
 
 def start_epoch(
     loader,      # any sized iterable of batches

@@ -181,12 +181,14 @@ def change_pixels(image, captions, rng) -> tuple:
     from multimodal.augment import augment
     return augment(image, captions, rng=random.Random(int(rng.integers(2**32))))
 
+# %% ../nbs/10a_recipe.ipynb #9a7c0006
 def make_loaders(
     data: CaptionData,          # with 'train' and 'dev'
     config: DataConfig,
     vocab: Vocab,
     encoder: torch.nn.Module | None,  # whose frozen trunk computes features; None: the model wants pixels
     cache: Path,                # folder for features
+    share: tuple = (0, 1),      # number of this process, and how many share each batch
 ) -> tuple:                     # loaders of 'train' and 'dev'
     "Batches of features where the trunk is frozen, of its lower half where only the last stage learns, else of pixels."
     views, transform = tuple(config.views.split(',')), ImageTransform(config.image_size)
@@ -200,5 +202,5 @@ def make_loaders(
     if any(map(is_flipped, views)): from multimodal.augment import flip_caption as flip
     some, dev = config.captions_per_image or None, data['dev'][:config.dev_photos or None]
     train = dataset(data['train'], views, flip_caption=flip, augment=change, captions_per_image=some)
-    return (make_loader(train, config.batch_size, config.groups, shuffle=True, seed=config.seed),
-            make_loader(dataset(dev, ('plain',)), config.batch_size, config.groups))
+    return (make_loader(train, config.batch_size, config.groups, shuffle=True, seed=config.seed, part=share),
+            make_loader(dataset(dev, ('plain',)), config.batch_size, config.groups, part=share))

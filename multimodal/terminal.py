@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from .core import UserError, aside, read_json
+from .core import UserError, aside, place, read_json
 from .metrics import METRICS
 
 # %% ../nbs/39c_terminal.ipynb #72e5e5e7
@@ -28,6 +28,7 @@ def command(
     def run(*args, **kwargs):
         short_waits()
         spell_out()
+        if place()[0]: sys.stdout = open(os.devnull, 'w')     # of several processes, the first one speaks for all
         try:
             func(*args, **kwargs)
             sys.stdout.flush()
@@ -62,7 +63,9 @@ def stop_behind(error) -> KeyboardInterrupt | None:
 
 def leave(func, reason, status: int):
     "Exit with a status and one line on standard error"
-    aside(f'{func.__name__}: {" ".join(str(reason).split())}')
+    rank, world = place()
+    who = func.__name__ + f' (process {rank} of {world})'*(world > 1)
+    aside(f'{who}: {" ".join(str(reason).split())}')
     raise SystemExit(status) from None
 
 # %% ../nbs/39c_terminal.ipynb #aa84901e

@@ -21,6 +21,7 @@ from .core import UserError, get_device, read_json, write_json
 from .muon import make_optimizer
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
     schedule, seed_step, start_epoch)
+from .processes import Team
 from .threads import keep_memory, learn_at_once, use_cores
 
 # %% ../nbs/10_training.ipynb #dd6813ae
@@ -57,8 +58,10 @@ class Trainer:
         self.device, self.n_steps = get_device(device), config.epochs * len(train_loader)
         self.cuts, self.cores = hasattr(loss_fn, 'parts') and self.device.type == 'cpu', torch.get_num_threads()
         self.model, self.precision = model.to(self.device), choose_precision(config.precision, self.device)
-        self.ema = config.ema and Ema(model, config.ema)
         self.accelerator = make_accelerator(self.device, self.precision)
+        self.weights, self.team = [p for p in model.parameters() if p.requires_grad], Team(self.accelerator)
+        self.team.begin(learned_state(model), loss_fn, steps=self.n_steps)
+        self.ema = config.ema and Ema(model, config.ema)
         self.optimizer = self.accelerator.prepare(make_optimizer(model, config))
 
 # %% ../nbs/10_training.ipynb #a013a582
@@ -70,15 +73,16 @@ def elapsed(self: Trainer) -> float:
 @patch
 def progress(self: Trainer) -> float:
     "Share of the run behind us: of the steps, or of the time budget where that is more."
-    return max((self.state.step + 1) / (self.n_steps + 1), self.elapsed() / (self.config.max_seconds or math.inf))
+    steps, seconds = (self.state.step + 1) / (self.n_steps + 1), self.team.clock(self.elapsed())
+    return max(steps, seconds / (self.config.max_seconds or math.inf))
 
 # %% ../nbs/10_training.ipynb #5a3c91e0
 @patch
 def gradients(self: Trainer, batch) -> tuple:  # sum of losses, number of items, {name: sum}
     "Gradients of the mean loss of a batch; on a processor from its parts, where the loss function can cut it."
+    self.model.train()
     if self.cuts:
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        return learn_at_once(partial(self.loss_fn, self.model), self.loss_fn.parts(batch), weights, self.cores)
+        return learn_at_once(partial(self.loss_fn, self.model), self.loss_fn.parts(batch), self.weights, self.cores)
     with self.accelerator.autocast(): total, n, shown = self.loss_fn(self.model, batch)
     self.accelerator.backward(total / n)
     return total, n, shown
@@ -89,9 +93,9 @@ def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     "One step along the gradient. Raises `UserError` where the loss is no number any more."
     self.state.lr = self.config.lr * schedule(self.progress(), self.config.warmup)
     for group in self.optimizer.param_groups: group['lr'] = self.state.lr * group['scale']
-    self.model.train()
-    total, n, shown = self.gradients(batch)
-    loss = float(total.detach() / n)
+    found = (0., 0, {}) if batch is None else self.gradients(batch)
+    total, n, shown = self.team.add_up(self.weights, *found, seconds=self.elapsed())
+    loss = float(total / n)
     if not math.isfinite(loss):
         raise UserError(f'the loss became {loss} at step {self.state.step + 1}: lower lr or raise warmup')
     norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))
@@ -107,17 +111,20 @@ def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
 @torch.no_grad()
 def evaluate(self: Trainer, stop=None) -> dict | None:  # name → mean; None where `stop` was asked for
     "Means of the loss function's sums over `dev_loader`, of the averaged weights where there are any."
-    model, sums = (self.ema.model if self.ema else self.model).eval(), {}
+    for each in (self.model, *([self.ema.model] if self.ema else [])): self.team.average(each)
+    model, sums = each.eval(), {}
     for batch in self.dev_loader:
-        if stop and stop.asked: return None
-        with self.accelerator.autocast(): add_sums(sums, *self.loss_fn(model, send_to_device(batch, self.device)))
-    return means(sums)
+        if stop and stop.asked: break
+        if batch is not None:
+            with self.accelerator.autocast(): add_sums(sums, *self.loss_fn(model, send_to_device(batch, self.device)))
+    sums, stopped = self.team.sum_up(sums, bool(stop and stop.asked))
+    return None if stopped else means(sums)
 
 # %% ../nbs/10_training.ipynb #d7c97991
 @patch
 def save(self: Trainer):
     "Write the history and `last/`, all that resuming needs; nothing where there is no folder."
-    if not self.folder: return
+    if not self.folder or not self.team.leads: return
     write_history(self.folder/'history.jsonl', self.history)
     self.state.seconds, self.started = self.elapsed(), time.monotonic()
     with atomic_folder(self.folder/'last') as new:
@@ -164,7 +171,7 @@ def batches(self: Trainer):
     seed_step(self.config.seed, first)
     rest = iter(self.train_loader)
     for step in range(first, first + len(self.train_loader)):
-        if step > first: seed_step(self.config.seed, step)
+        if step > first or self.team.rank: seed_step(self.config.seed, step, self.team.rank)
         batch = next(rest)
         if step >= self.state.step: yield send_to_device(batch, self.device)
 
@@ -180,7 +187,7 @@ def close_epoch(self: Trainer, dev: dict):
     s.best, s.stale, s.sums = (dev['loss'], 0, {}) if better else (s.best, s.stale + 1, {})
     s.finished = self.progress() >= 1 or bool(config.patience and s.stale >= config.patience)
     self.history.append(row)
-    if better and self.folder:
+    if better and self.folder and self.team.leads:
         with atomic_folder(self.folder/'best') as new: self.save_fn(self.ema.model if self.ema else self.model, new)
     self.save()
     self.say(describe_epoch(row, config.epochs) + (' (best)' if better else ''))
@@ -191,7 +198,7 @@ class Interrupted(KeyboardInterrupt): "Training was stopped by the user; the ste
 @patch
 def interrupt(self: Trainer):
     "Save, and raise `Interrupted`, which says how to go on."
-    self.save()
+    self.team.wait(self.save())
     saved = f'saved in {self.folder}/last. To go on: {self.resume_hint}' if self.folder else 'and not saved'
     raise Interrupted(f'stopped after step {self.state.step} of {self.n_steps}, {saved}')
 
@@ -203,12 +210,14 @@ def fit(self: Trainer,
     "Train. Raises `Interrupted` after Ctrl-C."
     if resume: self.load()
     elif self.folder: check_free(self.folder)
+    self.team.wait()
     keep_memory()
     self.started = time.monotonic()
     try:
         with StopRequest() as stop, fast_matmul(self.device.type == 'cpu' and self.precision == 'bf16'), \
-             tqdm(total=self.n_steps, initial=self.state.step, disable=None) as bar:
+             tqdm(total=self.n_steps, initial=self.state.step, disable=None if self.team.leads else True) as bar:
             while not self.state.finished: self.fit_epoch(stop, bar)
+        self.team.wait()
     except torch.OutOfMemoryError as e: raise UserError('out of memory: take smaller batches') from e
     return self.history
 
@@ -218,7 +227,7 @@ def fit_epoch(self: Trainer, stop, bar):
     "The rest of an epoch, its evaluation and its saving."
     with use_cores(1 if self.cuts else self.cores):
         for batch in self.batches():
-            if stop and stop.asked: self.interrupt()
+            if self.team.stops(bool(stop and stop.asked)): self.interrupt()
             bar.set_postfix(loss=f'{self.train_step(batch):.3f}', refresh=False)
             bar.update()
             if self.config.save_every and self.state.step % self.config.save_every == 0: self.save()
