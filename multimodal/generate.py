@@ -116,11 +116,11 @@ def one_by_one(
     while len(photo):
         logprobs = next_logprobs(writing, words, config)                    # [R, V]
         token = logprobs.argmax(-1) if greedy else sample(logprobs, luck[photo, words.shape[1]], config)   # [R]
-        total, ended = total + logprobs.gather(1, token[:, None])[:, 0], token == EOS
-        for r in ended.nonzero()[:, 0].tolist(): captions[photo[r]] = Caption(words[r].tolist(), total[r].item())
-        words = torch.cat([words, token[:, None]], 1)                       # [R, t+1]
-        if ended.any():
-            left = fill_holes(~ended)
+        total, words = total + logprobs.gather(1, token[:, None])[:, 0], torch.cat([words, token[:, None]], 1)
+        ended = [r for r, word in enumerate(token.tolist()) if word == EOS]
+        for r in ended: captions[photo[r]] = Caption(words[r, :-1].tolist(), total[r].item())
+        if ended:
+            left = fill_holes(token != EOS)
             writing.keep(left, left)
             photo, total, words = photo[left], total[left], words[left]
     return captions
@@ -173,12 +173,13 @@ def beam_search(
         total, words, parent = extend(total, words, next_logprobs(writing, words.flatten(0, 1), config), 2*K)
         ended, length = words[..., -1] == EOS, (t + 1)**config.length_penalty
         collect(done, (total / length).masked_fill(~ended, -torch.inf)[:, :K], words, total, K)
-        go = ended.long().argsort(dim=1, stable=True)[:, :K]       # False sorts first; stable: best first
-        total, words, parent = take(total.masked_fill(ended, -torch.inf), go), take(words, go), take(parent, go)
+        total, go = total.masked_fill(ended, -torch.inf).sort(dim=1, descending=True, stable=True)
+        total, words, parent = total[:, :K], take(words, go[:, :K]), parent.gather(1, go[:, :K])
         on = [b > (d[-1][0] if len(d) == K else -torch.inf) for b, d in zip((total[:, 0] / length).tolist(), done)]
         for i in (i for i in range(n) if not on[i]): captions[photo[i]] = [Caption(*c[1:]) for c in done[i]]
-        left, rows = fill_holes(torch.tensor(on, device=device)), torch.arange(n, device=device)[:, None]*k + parent
-        writing.keep(rows[left].flatten(), None if all(on) else left)
+        rows = torch.arange(n, device=device)[:, None]*k + parent
+        if all(on): writing.keep(rows.flatten()); continue
+        writing.keep(rows[left := fill_holes(torch.tensor(on, device=device))].flatten(), left)
         photo, done, total, words = [photo[i] for i in left], [done[i] for i in left], total[left], words[left]
     return captions
 

@@ -75,8 +75,9 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs)
 
 def kind_of(x):
-    "The kind of a tensor; anything else as it is"
-    return Kind(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
+    "The kind of a tensor; anything else as it is, and weights in an order of oneDNN's own, too"
+    plain = isinstance(x, torch.Tensor) and x.layout == torch.strided
+    return Kind(tuple(x.shape), x.stride(), x.dtype) if plain else x
 
 # %% ../nbs/32b_races.ipynb #af00000f
 def alone(
