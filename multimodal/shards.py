@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import UserError, as_rgb, load_image, read_json, write_json
 
 # %% ../nbs/05b_shards.ipynb #b5b0000008
@@ -172,7 +172,8 @@ def decode_photo(
             photo.load()
             return as_rgb(ImageOps.exif_transpose(photo)).resize((side, side), Image.Resampling.BILINEAR)
     except Exception as e:                                     # Pillow raises nearly anything for broken files
-        raise UserError(f'sample {files["__key__"]}: no photo that can be read ({e})') from None
+        why = 'neither JPEG nor PNG' if isinstance(e, UnidentifiedImageError) else e
+        raise UserError(f'sample {files["__key__"]}: no photo that can be read ({why})') from None
 
 # %% ../nbs/05b_shards.ipynb #b5b0000023
 def decode_array(

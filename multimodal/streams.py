@@ -213,7 +213,8 @@ def check_encoder(self: ShardData, encoder, transform):
     "Raises `UserError` where these features are not those that the run's encoder would give"
     if encoder is None: raise UserError(f'{self.folder}: holds features, this run wants pixels (trainable, augment)')
     there, here = self.index['features']['facts'], cache_facts(encoder, transform, [])
-    for name, value in here.items():
+    for name in sorted(here, key='weights'.__eq__):          # weights last: they differ wherever the stages do
+        value = here[name]
         if name == 'files' or there.get(name) == value: continue
         setting, short = {'transform': 'image_size'}.get(name, name), lambda v: str(v)[:24]
         raise UserError(f'{self.folder}: its features are of other settings than this run: {setting} '
