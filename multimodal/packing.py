@@ -6,7 +6,6 @@
 __all__ = ['Settings', 'packed_photos', 'packed_features', 'features_for', 'mm_shard']
 
 # %% ../nbs/40b_packing.ipynb #b40b000002
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
