@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'Packed', 'photo_file', 'array_file', 'new_shard', 'sample_files', 'fill_shards', 'write_shards',
-           'read_index', 'read_shard', 'decode_captions', 'decode_photo', 'decode_array']
+           'is_packed', 'read_index', 'read_shard', 'decode_captions', 'decode_photo', 'decode_array']
 
 # %% ../nbs/05b_shards.ipynb #b5b0000002
-import io, json, os, shutil, tarfile
+import io, json, os, re, shutil, tarfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def sample_files(
 ) -> dict:           # as `TarWriter` takes it
     "A sample's key and files"
     about = {'name': sample.name, 'captions': [*sample.captions]}
-    return {'__key__': f'{number:09d}', 'json': json.dumps(about, ensure_ascii=False).encode(), **sample.files}
+    return {'__key__': f'{number:09d}', 'json': json.dumps(about).encode(), **sample.files}
 
 # %% ../nbs/05b_shards.ipynb #b5b0000010
 def fill_shards(
@@ -87,19 +87,22 @@ def write_shards(
     splits: dict,            # split → samples, of `Packed`, gone through once
     folder: Path,            # to be made
     most: float = 64e6,      # bytes, after which a new shard is begun
-    features: dict = None,   # for features: 'facts' of `cache_facts`, 'views' and 'shape' (P, C)
+    features: dict = None,   # for features: 'facts' of `cache_facts`, 'views', 'shape' (P, C), 'settings' of a run
     skipped: dict = None,    # reason → how many photos were left out; may grow while samples are made
+    drawn: bool = False,     # these are drawn scenes
 ) -> Path:                   # the folder
     "Pack a data set, whole or not at all; raises `UserError` where there is no room or the folder is taken"
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f'{folder} is there already: choose another folder or remove it')
+    if odd := [split for split in splits if not re.fullmatch(r'[\w-]+', split)]:
+        raise UserError(f'{folder}: a split called {odd[0]!r} cannot be part of a file name')
     part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
     try:
         part.mkdir(parents=True)
         written = {split: fill_shards(samples, part, split, most) for split, samples in splits.items()}
         if not any(written.values()): raise UserError(f'{folder}: nothing to pack, no photo with a caption')
-        write_json(part/'index.json', dict(format=FORMAT, name=folder.name, features=features, skipped=skipped or {},
+        write_json(part/'index.json', dict(format=FORMAT, name=folder.name, features=features, drawn=drawn, skipped=skipped or {},
                                            splits={split: shards for split, shards in written.items() if shards}))
         os.replace(part, folder)
     except OSError as e: raise UserError(f'{folder}: cannot be written ({e.strerror or e}); nothing is there') from e
@@ -107,6 +110,14 @@ def write_shards(
     return folder
 
 # %% ../nbs/05b_shards.ipynb #b5b000001a
+def is_packed(
+    folder: Path,  # of anything
+) -> bool:
+    "Does it hold shards? The index is known by how it begins"
+    where = Path(folder)/'index.json'
+    try: return b'"multimodal shards ' in where.read_bytes()[:100]
+    except OSError: return False
+
 def read_index(
     folder: Path,  # of shards
 ) -> dict:         # as `write_shards` wrote it
@@ -117,7 +128,7 @@ def read_index(
     try:
         splits = {split: [dict(file=str(s['file']), **{k: int(s[k]) for k in ('photos', 'captions', 'bytes')})
                           for s in shards] for split, shards in index['splits'].items()}
-        about = index['features'] and {k: index['features'][k] for k in ('facts', 'views', 'shape')}
+        about = index['features'] and {k: index['features'][k] for k in ('facts', 'views', 'shape', 'settings')}
         index = dict(index, splits=splits, features=about, skipped=dict(index['skipped']), name=str(index['name']))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f'{where}: broken ({type(e).__name__}: {e})') from None
@@ -169,6 +180,7 @@ def decode_photo(
     "A sample's photo; raises `UserError` where it cannot be read"
     try:
         with Image.open(io.BytesIO(files.get('jpg') or files['png']), formats=('JPEG', 'PNG')) as photo:
+            if photo.width*photo.height > Image.MAX_IMAGE_PIXELS: raise ValueError('claims too many pixels')
             photo.load()
             return as_rgb(ImageOps.exif_transpose(photo)).resize((side, side), Image.Resampling.BILINEAR)
     except Exception as e:                                     # Pillow raises nearly anything for broken files

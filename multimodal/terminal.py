@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'short_waits', 'few_shapes', 'spell_out', 'stop_behind', 'leave', 'plain', 'print_json', 'quiet', 'table',
-           'say_what_is_missing', 'say_left_out', 'between_limits', 'judge_drawn', 'home', 'is_drawn', 'open_data',
-           'settings', 'changed', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
+           'say_what_is_missing', 'say_left_out', 'between_limits', 'judge_drawn', 'home', 'shard_index', 'is_drawn',
+           'open_data', 'settings', 'changed', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
 
 # %% ../nbs/39c_terminal.ipynb #4c144275
 import errno, json, math, os, re, sys
@@ -133,8 +133,15 @@ def home() -> Path:
     "Where drawn data sets are kept: `$MULTIMODAL_HOME`, or ~/.cache/multimodal"
     return Path(os.environ.get('MULTIMODAL_HOME') or Path.home()/'.cache'/'multimodal')
 
+def shard_index(data: str) -> dict:  # empty where that is no folder of shards
+    "What a folder of shards says of itself"
+    if not (Path(data)/'index.json').is_file(): return {}
+    from multimodal.shards import is_packed, read_index
+    return read_index(data) if is_packed(data) else {}
+
 def is_drawn(data: str) -> bool:
-    "Does this name drawn scenes, and no folder?"
+    "Does this name drawn scenes, and no folder, if not one of their shards?"
+    if index := shard_index(data): return bool(index['drawn'])
     return data.startswith('shapes') and not Path(data).exists()
 
 def open_data(
@@ -142,11 +149,11 @@ def open_data(
 ):              # `CaptionData`
     "A data set by its name. Raises `UserError` for a typo."
     from multimodal.datasets import load_dataset
+    if shard_index(data):
+        from multimodal.streams import ShardData
+        return ShardData(data)
     if not is_drawn(data):
         if not Path(data).exists(): raise UserError(f'{data}: no such folder; name one with a data set, or shapes')
-        if (Path(data)/'index.json').is_file():
-            from multimodal.streams import ShardData
-            return ShardData(data)
         return load_dataset(Path(data))
     from multimodal.demo import SIZE
     from multimodal.shapes import make_shapes

@@ -95,7 +95,7 @@ def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     for group in self.optimizer.param_groups: group['lr'] = self.state.lr * group['scale']
     found = (0., 0, {}) if batch is None else self.gradients(batch)
     total, n, shown = self.team.add_up(self.weights, *found, seconds=self.elapsed())
-    loss = float(total / n)
+    loss = float(total / n) if n else 0.                       # no photo of the batch could be read: nothing to learn
     if not math.isfinite(loss):
         raise UserError(f'the loss became {loss} at step {self.state.step + 1}: lower lr or raise warmup')
     norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))

@@ -11,7 +11,7 @@ __all__ = ['known_tasks', 'task_of', 'recipe_for', 'learning_on', 'config_to_tra
 from dataclasses import replace
 from pathlib import Path
 from .core import UserError, aside, atomic_write
-from .terminal import between_limits, changed, is_drawn, judge_drawn, open_data
+from .terminal import between_limits, changed, is_drawn, judge_drawn, open_data, shard_index
 
 # %% ../nbs/39d_wiring.ipynb #b2a9b3b7
 def known_tasks() -> dict:  # name → (`Task`, its recipe for drawn scenes, its recipe for photos)
@@ -43,7 +43,9 @@ def recipe_for(task, data: str, given: dict):  # settings of the task
     "The recipe for this task and data, changed as asked. Raises `UserError` where it has to start from a run."
     drawn, photos = next(recipes for known, *recipes in known_tasks().values() if known is task)
     if not photos: raise UserError('this task goes on from a captioner that is trained already: give --init RUN')
-    return changed(drawn if is_drawn(data) else photos, {'data': data, **given})
+    kept = (shard_index(data).get('features') or {}).get('settings', {})     # features fit one kind of encoder only
+    kept = {k: v for k, v in kept.items() if hasattr(photos, k)}
+    return changed(drawn if is_drawn(data) else photos, {**kept, 'data': data, **given})
 
 # %% ../nbs/39d_wiring.ipynb #6fd3a563
 def learning_on(task, config):  # settings of a run that another starts from → settings of the task

@@ -204,7 +204,7 @@ def test_features_of_other_settings_are_refused(vocab, tmp_path):
     encoder = ImageEncoder(base)
     facts = {k: v for k, v in cache_facts(encoder, SMALL, []).items() if k != 'files'}
     packed = (Packed(f'{k}.jpg', ('a red star',), {'plain.npy': array_file(np.full((64, 64), k))}) for k in range(3))
-    data = ShardData(write_shards({'train': packed}, tmp_path/'f', features=dict(facts=facts, views=['plain'], shape=[64, 64])))
+    data = ShardData(write_shards({'train': packed}, tmp_path/'f', features=dict(facts=facts, views=['plain'], shape=[64, 64], settings={})))
     batch = next(iter(make_loader(data.stream('train', vocab, encoder, SMALL), 3)))
     assert batch.images[:, 5, 5].tolist() == [0, 1, 2]
     def other(**kw): return ImageEncoder(replace(base, **kw))
