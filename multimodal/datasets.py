@@ -37,6 +37,10 @@ class CaptionData:
         if split in self.splits: return self.splits[split]
         raise UserError(f'{self.name}: has no split {split!r}, only {", ".join(self.splits) or "none at all"}')
 
+    def captions(self, split: str):
+        "All captions of a split, one after the other"
+        return (caption for item in self[split] for caption in item.captions)
+
     def summary(self) -> str:
         "How much is in each split and what was left out, a line each"
         def plural(n, word): return f'{n:,} {word}{"s"*(n != 1)}'

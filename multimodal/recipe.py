@@ -193,14 +193,17 @@ def make_loaders(
     "Batches of features where the trunk is frozen, of its lower half where only the last stage learns, else of pixels."
     views, transform = tuple(config.views.split(',')), ImageTransform(config.image_size)
     part = None if encoder is None or config.augment else encoder if config.trainable == 'none' else lower_half(encoder)
-    def dataset(items, views, **kw):
-        source = transform
+    def dataset(split, views, most=None, **kw):
+        kw |= dict(seed=config.seed, views=views)
+        if hasattr(data, 'stream'): return data.stream(split, vocab, part, transform, config.max_words, most, **kw)
+        items, source = data[split][:most], transform
         if part: source = FeatureCache.build(part, [i.image for i in items], transform, cache, views,
                                              progress=sys.stderr.isatty())
-        return CaptionDataset(items, vocab, source, config.max_words, seed=config.seed, views=views, **kw)
+        return CaptionDataset(items, vocab, source, config.max_words, **kw)
     flip, change = None, change_pixels if config.augment else None
     if any(map(is_flipped, views)): from multimodal.augment import flip_caption as flip
-    some, dev = config.captions_per_image or None, data['dev'][:config.dev_photos or None]
-    train = dataset(data['train'], views, flip_caption=flip, augment=change, captions_per_image=some)
+    some = config.captions_per_image or None
+    dev = dataset('dev', ('plain',), config.dev_photos or None)
+    train = dataset('train', views, flip_caption=flip, augment=change, captions_per_image=some)
     return (make_loader(train, config.batch_size, config.groups, shuffle=True, seed=config.seed, part=share),
-            make_loader(dataset(dev, ('plain',)), config.batch_size, config.groups, part=share))
+            make_loader(dev, config.batch_size, config.groups, part=share))

@@ -96,7 +96,7 @@ def prepare(task, data, run, config, resume, init=None) -> tuple:  # configurati
     config = config or (read_config(run, task) if resume else task.config())
     if init: config = replace(config, init=str(init))
     if config.init: vocab = open_run(task, config.init).vocab
-    else: vocab = Vocab.build([c for item in data['train'] for c in item.captions], config.min_count)
+    else: vocab = Vocab.build(data.captions('train'), config.min_count)
     if resume: kept_state(run, config)
     else: check_free(run)
     if resume and Vocab.load(run/'vocab.json').fingerprint() != vocab.fingerprint():

@@ -147,6 +147,9 @@ def open_data(
     from multimodal.datasets import load_dataset
     if not is_drawn(data):
         if not Path(data).exists(): raise UserError(f'{data}: no such folder; name one with a data set, or shapes')
+        if (Path(data)/'index.json').is_file():
+            from multimodal.streams import ShardData
+            return ShardData(data)
         return load_dataset(Path(data))
     from multimodal.demo import SIZE
     from multimodal.shapes import make_shapes
