@@ -131,7 +131,7 @@ def sum_up(self, sums: dict, asked: bool = False) -> tuple:  # the sums of all, 
 
 Team.stops, Team.clock, Team.sum_up = stops, clock, sum_up
 
-# %% ../nbs/09g_processes.ipynb #9a70000021
+# %% ../nbs/09g_processes.ipynb #9a70000022
 def ring_seconds(
     n_bytes: float,         # of the vector that is added up
     world: int,             # processes

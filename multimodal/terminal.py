@@ -8,8 +8,8 @@ __all__ = ['command', 'short_waits', 'few_shapes', 'spell_out', 'stop_behind', '
            'open_data', 'settings', 'changed', 'read_lines', 'pair_lines', 'caption_rows', 'file_ids', 'pair_coco']
 
 # %% ../nbs/39c_terminal.ipynb #4c144275
-import errno, json, math, os, re, sys
-from contextlib import redirect_stdout
+import ctypes, errno, json, math, os, re, sys
+from contextlib import redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
 
@@ -48,8 +48,11 @@ def short_waits():
     if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & os.environ.keys(): os.environ['GOMP_SPINCOUNT'] = '10000'
 
 def few_shapes():
-    "Let PyTorch's library of products keep what it prepared for 32 shapes, not for 1,024; as long as it is not loaded"
-    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '32')
+    "Let PyTorch and its library of products keep what they prepared for a few shapes; as long as they are not loaded"
+    for name, many in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '32'), ('LRU_CACHE_CAPACITY', '16'):
+        os.environ.setdefault(name, many)
+    if 'MALLOC_ARENA_MAX' in os.environ: return                      # somebody has decided
+    with suppress(AttributeError, TypeError, OSError): ctypes.CDLL(None).mallopt(-8, 1)      # M_ARENA_MAX of malloc.h
 
 def spell_out():
     "Let names that a terminal cannot show come out with backslashes, and not as a traceback"

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,23 @@ def test_sigterm_stops_all_after_the_same_step(folder):
     stopped = [line.partition(': ') for line in err.splitlines() if 'stopped after step' in line]
     assert run.returncode and sorted(who for who, _, _ in stopped) == ['process 0', 'process 1'], err[-3000:]
     assert stopped[0][2] == stopped[1][2]
+
+
+def test_two_launchers_as_on_two_machines(both):
+    _, two, folder = both
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    where = ['--main_process_ip', '127.0.0.1', '--main_process_port', port, '--num_machines', '2']
+    what = [folder/'learn.py', folder/'shapes', folder/'far', '0', '{}']
+    runs = [subprocess.Popen([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', *where,
+                              '--machine_rank', str(k), *HOW[2:6], *map(str, what)], stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, 'OMP_NUM_THREADS': '1'}) for k in range(2)]
+    for run in runs:
+        _, err = run.communicate(timeout=300)
+        assert not run.returncode, err[-3000:]
+    rows = [[{**r, 'seconds': 0} for r in read_history(folder/run/'history.jsonl')] for run in ('two', 'far')]
+    assert rows[0] == rows[1]
 
 
 def test_batches_smaller_than_the_team_are_refused(folder):
