@@ -70,8 +70,8 @@ def features_for(
     if encoder is None or config.augment: raise UserError('these settings learn from pixels: pack photos instead')
     facts = {k: v for k, v in cache_facts(encoder, transform, []).items() if k != 'files'}
     names = 'weights', 'stage', 'below', 'pool', 'trainable', 'image_size', 'views'
-    return encoder, transform, dict(facts=facts, views=config.views.split(','), shape=[encoder.n_patches, encoder.channels],
-                                    settings={k: getattr(config, k) for k in names})
+    shape, made = [encoder.n_patches, encoder.channels], {k: getattr(config, k) for k in names}
+    return encoder, transform, dict(facts=facts, views=config.views.split(','), shape=shape, settings=made)
 
 # %% ../nbs/40b_packing.ipynb #b40b0000
 def mixed(

@@ -68,6 +68,7 @@ def fill_shards(
     most: float,   # bytes, after which a new shard is begun
 ) -> list:         # for each shard its file, photos, captions and bytes
     "Write the samples of one split"
+    if not re.fullmatch(r'[\w-]+', split): raise UserError(f'{folder}: no file can be named after split {split!r}')
     shards, samples, number = [], iter(samples), 0
     sample = next(samples, None)
     while sample is not None:
@@ -95,15 +96,13 @@ def write_shards(
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f'{folder} is there already: choose another folder or remove it')
-    if odd := [split for split in splits if not re.fullmatch(r'[\w-]+', split)]:
-        raise UserError(f'{folder}: a split called {odd[0]!r} cannot be part of a file name')
     part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
     try:
         part.mkdir(parents=True)
         written = {split: fill_shards(samples, part, split, most) for split, samples in splits.items()}
         if not any(written.values()): raise UserError(f'{folder}: nothing to pack, no photo with a caption')
-        write_json(part/'index.json', dict(format=FORMAT, name=folder.name, features=features, drawn=drawn, skipped=skipped or {},
-                                           splits={split: shards for split, shards in written.items() if shards}))
+        write_json(part/'index.json', dict(format=FORMAT, name=folder.name, features=features, drawn=drawn,
+                                           skipped=skipped or {}, splits={k: s for k, s in written.items() if s}))
         os.replace(part, folder)
     except OSError as e: raise UserError(f'{folder}: cannot be written ({e.strerror or e}); nothing is there') from e
     finally: shutil.rmtree(part, ignore_errors=True)

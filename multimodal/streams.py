@@ -78,7 +78,8 @@ def set_epoch(self: ShardStream, epoch: int):
     self.epoch = epoch
 
 @patch
-def encode(self: ShardStream, caption: str) -> np.ndarray: return np.array(self.vocab.encode(caption, self.max_len), np.int64)
+def encode(self: ShardStream, caption: str) -> np.ndarray:  # ids
+    return np.array(self.vocab.encode(caption, self.max_len), np.int64)
 
 @patch(as_prop=True)
 def items(self: ShardStream):

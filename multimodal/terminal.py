@@ -142,6 +142,7 @@ def shard_index(data: str) -> dict:  # empty where that is no folder of shards
     from multimodal.shards import is_packed, read_index
     return read_index(data) if is_packed(data) else {}
 
+# %% ../nbs/39c_terminal.ipynb #b39c5d01
 def is_drawn(data: str) -> bool:
     "Does this name drawn scenes, and no folder, if not one of their shards?"
     if index := shard_index(data): return bool(index['drawn'])

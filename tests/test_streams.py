@@ -1,4 +1,4 @@
-"""Shards: every photo once, the same for the same (seed, epoch), as from a list; and damage that is noticed, not obeyed."""
+"""Streams from shards: more of their promises, drawn at random, and what strangers, accidents and other commands do to them."""
 import io
 import json
 import os
@@ -6,6 +6,7 @@ import pickle
 import tarfile
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -382,3 +383,38 @@ def test_shards_say_what_they_are_not_for(thirty):
     for ask in lambda: thirty['train'], lambda: stream(thirty).items:
         with pytest.raises(UserError) as e: ask()
         assert '\n' not in str(e.value)
+
+
+def test_an_index_of_another_program_does_not_hide_a_data_set(tmp_path):
+    from multimodal.shapes import make_shapes
+    from multimodal.terminal import open_data
+    folder = make_shapes(tmp_path/'drawn', n=24, size=24)
+    (folder/'index.json').write_text('{"format": "of something else"}')
+    assert len(open_data(str(folder))['train']) == 18
+
+
+def test_packed_drawn_scenes_are_learned_by_their_recipe_and_other_uses_end_in_one_line(home, tmp_path, capsys):
+    from multimodal.cli import mm_augment, mm_train, mm_validate
+    from multimodal.packing import mm_shard
+    from multimodal.wiring import config_to_train, task_of
+    shards, run = str(tmp_path/'s'), str(tmp_path/'run')
+    mm_shard('shapes:60', shards)
+    assert config_to_train(task_of(None, None), shards, {}) == replace(config_to_train(task_of(None, None), 'shapes', {}), data=shards)
+    mm_train(shards, run, epochs=1, device='cpu', set=['stage=1', 'embedding_dim=16', 'n_layers=1', 'image_size=24'])
+    for ask in (lambda: mm_validate(run, device='cpu'), lambda: mm_augment(shards, sheet=str(tmp_path/'a.png')),
+                lambda: mm_train(shards, str(tmp_path/'paid'), task='scst', init=run, device='cpu'), lambda: mm_shard(shards, run + '2')):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: ask()
+        err = capsys.readouterr().err.strip()
+        assert e.value.code == 2 and '\n' not in err and 'shards' in err
+    assert not (tmp_path/'paid'/'config.json').exists()
+
+
+def test_a_step_of_which_nothing_can_be_read_changes_no_weight(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    loss = lambda model, batch: (model(batch).pow(2).sum(), len(batch), {})
+    trainer = Trainer(model, loss, [None, torch.ones(3, 2)], [torch.ones(3, 2)], TrainConfig(epochs=1, warmup=0.), device='cpu',
+                      say=lambda line: None)
+    before = model.weight.clone()
+    assert trainer.train_step(None) == 0 and trainer.state.step == 1 and torch.equal(model.weight, before)
+    assert trainer.train_step(torch.ones(3, 2)) > 0 and not torch.equal(model.weight, before)
