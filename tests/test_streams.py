@@ -370,7 +370,7 @@ def test_photos_go_in_as_they_are(tmp_path):
 @pytest.mark.parametrize('spoil', [lambda i: i.pop('splits'), lambda i: i.update(format='other'), lambda i: i.update(splits=[1]),
                                    lambda i: i['splits']['train'][0].update(file='../x.tar'),
                                    lambda i: i['splits']['train'][0].update(photos='many'),
-                                   lambda i: i['splits']['train'][0].update(photos=-1)])
+                                   lambda i: i['splits']['train'][0].update(photos=-1), lambda i: i.pop('drawn')])
 def test_an_index_that_is_none_is_refused(tmp_path, spoil):
     data = packed(tmp_path/'s', 5)
     index = json.loads((data.folder/'index.json').read_text())
