@@ -43,11 +43,12 @@ class Sample(NamedTuple):
 def collate(
     samples: list,    # N of `Sample`, each with one or more captions; or None
     groups: int = 4,  # into how many groups of like length the captions are cut
-) -> Batch|None:      # None where there are no samples at all
-    "Joins samples into a batch; raises `UserError` where all of them are None"
+    whole: bool = True,  # they are a whole batch, and not a share of one
+) -> Batch|None:      # None where there are no samples, or none in a share can be read
+    "Joins samples into a batch; raises `UserError` where all samples of a whole batch are None"
+    wanted, samples = len(samples), [s for s in samples if s is not None]
+    if wanted and whole and not samples: raise UserError('no photo of a whole batch could be read')
     if not samples: return None
-    samples = [s for s in samples if s is not None]
-    if not samples: raise UserError('no photo of a whole batch could be read')
     captions = [ids for s in samples for ids in s.captions]
     owners = np.repeat(np.arange(len(samples)), [len(s.captions) for s in samples])
     order = np.argsort([len(ids) for ids in captions], kind='stable')
@@ -175,4 +176,5 @@ def make_loader(
     "A reproducible loader; a data set that knows how to be gone through by itself, as shards do, has a `loader`"
     if hasattr(dataset, 'loader'): return dataset.loader(batch_size, groups, shuffle, seed, drop_last, part)
     batches = Shares(EpochSampler(dataset, shuffle, seed), batch_size, drop_last, *part)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, groups=groups))
+    joined = partial(collate, groups=groups, whole=part[1] == 1)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=joined)

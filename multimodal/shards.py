@@ -128,14 +128,13 @@ def read_index(
         splits = {split: [dict(file=str(s['file']), **{k: int(s[k]) for k in ('photos', 'captions', 'bytes')})
                           for s in shards] for split, shards in index['splits'].items()}
         about = index['features'] and {k: index['features'][k] for k in ('facts', 'views', 'shape', 'settings')}
-        index |= dict(splits=splits, features=about, skipped=dict(index['skipped']), name=str(index['name']),
-                      drawn=bool(index['drawn']))
+        plain = dict(skipped=dict(index['skipped']), name=str(index['name']), drawn=bool(index['drawn']))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f'{where}: broken ({type(e).__name__}: {e})') from None
     for shard in (s for shards in splits.values() for s in shards):
         if Path(shard['file']).name != shard['file'] or shard['photos'] < 1:
             raise UserError(f'{where}: {shard["file"]!r} with {shard["photos"]} photos cannot be a shard')
-    return index
+    return index | plain | dict(splits=splits, features=about)
 
 # %% ../nbs/05b_shards.ipynb #b5b000001d
 def read_shard(

@@ -34,3 +34,9 @@ def pytest_collection_finish(session):
 
 
 def pytest_sessionfinish(session): notebook_runner.stop()
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Which notebooks took longest: `--durations` only knows how long a test waited for one."
+    slowest = sorted(notebook_runner.seconds.items(), key=lambda item: -item[1])[:10]
+    if slowest: terminalreporter.write_line('slowest notebooks: ' + ', '.join(f'{name} {s:.0f} s' for name, s in slowest))

@@ -4,11 +4,13 @@ import queue
 import subprocess
 import sysconfig
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 waiting, results = queue.SimpleQueue(), {}        # notebooks to run; notebook → `Future` of a `CompletedProcess`
+seconds = {}                                      # notebook → how long it took, beside whatever else was running
 
 
 def run(notebook: str) -> subprocess.CompletedProcess:
@@ -22,8 +24,10 @@ def work():
     while True:
         try: notebook = waiting.get_nowait()
         except queue.Empty: return
+        began = time.monotonic()
         try: results[notebook].set_result(run(notebook))
         except BaseException as e: results[notebook].set_exception(e)
+        seconds[notebook] = time.monotonic() - began
 
 
 def one_more_worker(): threading.Thread(target=work, daemon=True).start()

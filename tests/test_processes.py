@@ -163,9 +163,16 @@ def test_two_launchers_as_on_two_machines(both):
     assert rows[0] == rows[1]
 
 
-def test_batches_smaller_than_the_team_are_refused(folder):
-    refused = launch(folder, 'small', 2, batch_size=1)
-    assert 'batches of 1 cannot be shared by 2 processes' in refused.stderr and not (folder/'small').exists()
+def test_batches_smaller_than_the_team_are_refused(folder, monkeypatch):
+    from multimodal.datasets import read_flickr8k
+    from multimodal.recipe import RunConfig
+    from multimodal.runs import train_captions
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    config = RunConfig(weights='none', trainable='none', stage=1, image_size=32, min_count=1, batch_size=1)
+    with pytest.raises(UserError, match='batches of 1 cannot be shared by 2 processes'):
+        train_captions(read_flickr8k(folder/'shapes'), folder/'small', config, device='cpu')
+    assert not (folder/'small').exists()
 
 
 @pytest.mark.parametrize('n,size,world', [(10, 4, 1), (10, 4, 3), (33, 16, 3), (5, 5, 5), (1, 4, 4)])
