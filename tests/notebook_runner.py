@@ -1,22 +1,53 @@
-"""Runs notebooks in the background through nbdev's own runner, each in a process of its own; `#| slow` cells are left out."""
+"""Runs notebooks in the background through nbdev's own runner, each in a process of its own; `#| slow` cells are left out.
+
+A process that has imported the large libraries already is forked for each of them: importing takes longer than many a notebook.
+"""
+import multiprocessing
 import os
 import queue
-import subprocess
-import sysconfig
+import sys
+import tempfile
 import threading
 import time
+from collections import namedtuple
 from concurrent.futures import Future
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-waiting, results = queue.SimpleQueue(), {}        # notebooks to run; notebook → `Future` of a `CompletedProcess`
+LIBRARIES = ['torch', 'torchvision', 'matplotlib.pyplot', 'seaborn', 'nltk', 'nbdev.test']   # none starts a thread when imported
+waiting, results = queue.SimpleQueue(), {}        # notebooks to run; notebook → `Future` of a `Ended`
 seconds = {}                                      # notebook → how long it took, beside whatever else was running
+running = set()
+forks = multiprocessing.get_context('forkserver')
+Ended = namedtuple('Ended', 'returncode output')
 
 
-def run(notebook: str) -> subprocess.CompletedProcess:
-    command = [str(Path(sysconfig.get_path('scripts'))/'nbdev_test'), '--path', f'nbs/{notebook}.ipynb', '--n_workers', '0']
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONPATH': str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+def run_here(notebook: str, output: str):
+    "In a process of its own."
+    with open(output, 'w') as f:
+        for stream in 1, 2: os.dup2(f.fileno(), stream)
+    os.chdir(ROOT)
+    os.environ.update(MPLBACKEND='agg', PYTHONPATH=str(ROOT))
+    sys.path.insert(0, str(ROOT))
+    import matplotlib
+    from nbdev.test import nbdev_test
+    matplotlib.use('agg')
+    multiprocessing.set_start_method(None, force=True)           # the system's own way for what notebooks start
+    nbdev_test(path=f'nbs/{notebook}.ipynb', n_workers=0)
+
+
+def run(notebook: str) -> Ended:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)/'output'
+        process = forks.Process(target=run_here, args=(notebook, str(output)))
+        process.start()
+        running.add(process)
+        process.join(600)
+        late = process.is_alive()
+        if late: process.kill()
+        process.join()
+        running.discard(process)
+        return Ended(process.exitcode, output.read_text() + late*'\nnot done after 600 s')
 
 
 def work():
@@ -35,6 +66,7 @@ def one_more_worker(): threading.Thread(target=work, daemon=True).start()
 
 def start(notebooks: list):
     "Begin with one worker; the other core is for the other tests."
+    forks.set_forkserver_preload(LIBRARIES)
     for notebook in notebooks:
         results[notebook] = Future()
         waiting.put(notebook)
@@ -42,5 +74,6 @@ def start(notebooks: list):
 
 
 def stop():
-    "Those that have not begun are left out."
+    "Those that have not begun are left out, and those that run are ended, as nobody waits for them."
     while not waiting.empty(): waiting.get_nowait()
+    for process in list(running): process.kill()

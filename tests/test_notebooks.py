@@ -14,4 +14,4 @@ def second_worker():
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_notebook(notebook):
     r = notebook_runner.results[notebook].result()
-    assert r.returncode == 0 and 'Success' in r.stdout, (r.stdout + r.stderr)[-6000:]
+    assert r.returncode == 0 and 'Success' in r.output, r.output[-6000:]
