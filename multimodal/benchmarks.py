@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALL', 'Speed', 'speed', 'Bench', 'writing_rows', 'write_plainly', 'plain_writing_rows', 'word_times',
-           'long_caption_row', 'file_rows', 'batches_of', 'learning_rows', 'seeing_rows', 'original_pieces',
-           'original_rows', 'painting_rows']
+           'long_caption_row', 'file_rows', 'batches_of', 'learners', 'learning_rows', 'seeing_rows', 'original_pieces',
+           'original_rows', 'painter_at_work', 'painting_rows']
 
 # %% ../nbs/33_benchmarks.ipynb #b0000002
 import copy, tempfile, time
@@ -18,7 +18,8 @@ from .dataloaders import CaptionDataset, make_loader
 from .encoder import ImageTransform
 from .features import FeatureCache
 from .generate import GenerateConfig, generate
-from .peers import EachTime, PlainCaptioner, gpt2_of, plain_batch, plain_loss, side_by_side, write_by_gpt2
+from .peers import EachTime, PlainCaptioner, gpt2_of, plain_batch, plain_step, side_by_side, write_by_gpt2
+from .products import beside_others
 from .races import Products, Race, alone, race
 from .runs import Run, loss_of
 from .text import BOS, EOS, PAD, UNK
@@ -123,9 +124,8 @@ def word_times(model, vectors, n: int, times: int = 5) -> torch.Tensor:  # secon
 
 def long_caption_row(b: Bench, n: int = 128) -> list:
     "Late words beside early ones"
-    from multimodal.captioner import Captioner
     encoder = replace(b.model.config.encoder, weights='none')
-    model = Captioner(replace(b.model.config, max_len=n + 1, encoder=encoder)).eval()
+    model = type(b.model)(replace(b.model.config, max_len=n + 1, encoder=encoder)).eval()
     with torch.inference_mode(): taken = word_times(model, model.encode(b.features[:1]), n)
     early, late = taken[8:24].median().item(), taken[-16:].median().item()
     name = f'writing, one photo, words {n - 15} to {n} beside words 9 to 24'
@@ -149,8 +149,8 @@ def batches_of(b: Bench, folder: Path, n: int) -> list:
     data = CaptionDataset(items, b.run.vocab, cache, config.max_words, captions_per_image=2)
     return list(make_loader(data, 32, config.groups, shuffle=True))[:n]
 
-def learning_rows(b: Bench) -> list:
-    "Captions a second in training, frozen encoder"
+def learners(b: Bench) -> tuple:  # ours and the plain loop, each to be called, and the captions of a call
+    "Steps of both on the same captions"
     with tempfile.TemporaryDirectory() as folder: batches = batches_of(b, Path(folder), 2 if b.quick else 4)
     config, model = b.run.config, copy.deepcopy(b.model)
     trainer = Trainer(model, loss_of(config), batches, batches, replace(config, epochs=1000))
@@ -158,12 +158,12 @@ def learning_rows(b: Bench) -> list:
     optimizer = torch.optim.AdamW(plain.parameters(), 1e-5)
     def ours(): return [trainer.train_step(batch) for batch in batches]
     def theirs():
-        for batch in batches:
-            optimizer.zero_grad()
-            plain_loss(plain, *plain_batch(batch), config.label_smoothing).backward()
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.)
-            optimizer.step()
-    n = sum(len(t) for batch in batches for t in batch.tokens)
+        return [plain_step(plain, optimizer, *plain_batch(batch), config.label_smoothing) for batch in batches]
+    return ours, theirs, sum(len(t) for batch in batches for t in batch.tokens)
+
+def learning_rows(b: Bench) -> list:
+    "Captions a second in training, frozen encoder"
+    ours, theirs, n = learners(b)
     with Products() as heard: ours()
     return [speed('learning, frozen encoder, beside a plain PyTorch loop', race(ours, theirs, b.rounds), n, 1.8),
             speed('learning, frozen encoder, beside its products alone', race(ours, alone(heard.calls), b.rounds),
@@ -193,10 +193,7 @@ def original_pieces(b: Bench, folder: Path) -> dict:  # seconds for each photo o
     def look():
         images, tokens = side_by_side([pairs[i] for i in range(64)])
         with torch.no_grad(): return b.encoder.features(images), tokens
-    def learn():
-        optimizer.zero_grad()
-        plain_loss(plain, *seen).backward()
-        optimizer.step()
+    def learn(): return plain_step(plain, optimizer, *seen)
     def keep():
         with tempfile.TemporaryDirectory() as other: build(Path(other))
     source, seen, n = build(folder), look(), sum(map(len, batches[0].tokens))
@@ -217,8 +214,8 @@ def original_rows(b: Bench, epochs: int = 10, captions: int = 5) -> list:
             Speed('the same without the decoders', 1/eyes, 1/cost['look'], cost['look']/eyes, 20, 'captions/s')]
 
 # %% ../nbs/33_benchmarks.ipynb #b0000016
-def painting_rows(b: Bench) -> list:
-    "A training step of the painter on drawn scenes"
+def painter_at_work(b: Bench) -> tuple:  # its `Trainer`, a batch, and how many pictures that has
+    "The painter that comes with the course, and drawn scenes"
     from multimodal.datasets import load_dataset
     from multimodal.painter import PaintLoss, load_painter, shipped_painter
     from multimodal.shapes import make_shapes
@@ -226,11 +223,16 @@ def painting_rows(b: Bench) -> list:
     with tempfile.TemporaryDirectory() as folder:
         items = load_dataset(make_shapes(Path(folder)/'shapes', 90))['train'][:64]
         data = CaptionDataset(items, painter.vocab, ImageTransform(config.image_size), captions_per_image=1)
-        batches = list(make_loader(data, config.batch_size))[:1]
-    trainer = Trainer(painter.model, PaintLoss(config.blank), batches, batches, replace(config, epochs=1000))
-    def ours(): return [trainer.train_step(batch) for batch in batches]
-    n, trainer.cuts = sum(len(t) for batch in batches for t in batch.tokens), False     # Products hears one thread
-    with Products() as heard: ours()
+        batch = next(iter(make_loader(data, config.batch_size)))
+    trainer = Trainer(painter.model, PaintLoss(config.blank), [batch], [batch], replace(config, epochs=1000))
+    return trainer, batch, sum(map(len, batch.tokens))
+
+def painting_rows(b: Bench) -> list:
+    "A training step of the painter on drawn scenes"
+    trainer, batch, n = painter_at_work(b)
+    def ours(): return trainer.train_step(batch)
+    trainer.cuts = False                          # Products hears one thread; it multiplies as when there are more
+    with beside_others(), Products() as heard: ours()
     trainer.cuts = True
     return [speed('learning to paint, beside its products alone', race(ours, alone(heard.calls), b.rounds), n, None,
                   'pictures/s')]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gpt2_class', 'plain_layers', 'plain_fusion', 'gpt2_of', 'copy_block', 'write_by_gpt2', 'PlainCaptioner', 'copy_layer',
-           'plain_batch', 'plain_loss', 'EachTime', 'side_by_side', 'plain_epoch']
+           'plain_batch', 'plain_loss', 'EachTime', 'side_by_side', 'plain_step', 'plain_epoch']
 
 # %% ../nbs/32a_peers.ipynb #ae000002
 import torch
@@ -168,6 +168,21 @@ def side_by_side(samples):
     return torch.stack(images), nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=PAD)
 
 # %% ../nbs/32a_peers.ipynb #ae0000f2
+def plain_step(
+    model: PlainCaptioner,  # in training mode
+    optimizer,
+    features,               # [B, P, C]
+    tokens,                 # [B, T]
+    smoothing: float = 0.,  # of the labels
+) -> float:                 # the loss before
+    "Forwards, backwards, clipping, and a step of the optimizer"
+    loss = plain_loss(model, features, tokens, smoothing)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    optimizer.step()
+    return loss.item()
+
 def plain_epoch(
     model: PlainCaptioner,  # in training mode
     encoder: ImageEncoder,  # frozen
@@ -180,10 +195,6 @@ def plain_epoch(
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     for step, (images, tokens) in enumerate(DataLoader(data, batch_size, shuffle=True, collate_fn=side_by_side), 1):
         with torch.no_grad(): features = encoder.features(images)
-        loss = plain_loss(model, features, tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step()
+        loss = plain_step(model, optimizer, features, tokens)
         if step == steps: break
-    return loss.item()
+    return loss

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 import torch
+from .products import beside_others
 
 # %% ../nbs/09e_threads.ipynb #879a16d2
 @lru_cache
@@ -53,8 +54,9 @@ def learn_at_once(
 ) -> tuple:             # the same three for the whole batch
     "Gradients of a batch, from its parts at once"
     def learn(part):
-        total, n, shown = loss_of(part)
-        return total.detach(), n, shown, torch.autograd.grad(total, weights, allow_unused=True)
+        with beside_others():
+            total, n, shown = loss_of(part)
+            return total.detach(), n, shown, torch.autograd.grad(total, weights, allow_unused=True)
     totals, counts, shown, gradients = zip(*at_once(learn, parts, cores))
     for p, own in zip(weights, zip(*gradients)):
         if (g := add_up(own)) is not None: p.grad = g.div_(sum(counts))
