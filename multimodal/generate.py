@@ -61,14 +61,14 @@ def restrict(
     config: GenerateConfig,
 ) -> torch.Tensor:  # the same, -inf where a word must not come
     "Rule out what a caption must not hold, and leave at least one way on"
-    t, end = words.shape[1], logprobs[:, EOS].clone()
-    logprobs[:, [PAD, BOS, UNK]] = -torch.inf
+    t, n = words.shape[1], config.no_repeat_ngram
+    end = logprobs[:, EOS].clone() if n or t == config.max_len else None    # may have to be given back
+    for word in PAD, BOS, UNK: logprobs[:, word] = -torch.inf
     if t < config.min_len: logprobs[:, EOS] = -torch.inf
-    if 0 < config.no_repeat_ngram <= t: ban_repeats(logprobs, words, config.no_repeat_ngram)
+    if 0 < n <= t: ban_repeats(logprobs, words, n)
+    if end is None: return logprobs                                         # there are words that may come
     if t == config.max_len: logprobs.fill_(-torch.inf)
-    elif not config.no_repeat_ngram: return logprobs                        # there are words that may come
-    stuck = logprobs.amax(1) == -torch.inf
-    logprobs[:, EOS] = torch.where(stuck, end, logprobs[:, EOS])
+    logprobs[:, EOS] = torch.where(logprobs.amax(1) == -torch.inf, end, logprobs[:, EOS])          # no way on but this
     return logprobs
 
 # %% ../nbs/08_generate.ipynb #2c9a61ad

@@ -183,6 +183,7 @@ def plain_step(
     optimizer.step()
     return loss.item()
 
+# %% ../nbs/32a_peers.ipynb #99a89932
 def plain_epoch(
     model: PlainCaptioner,  # in training mode
     encoder: ImageEncoder,  # frozen

@@ -21,6 +21,7 @@ from .optim import param_groups
 from .recipe import DataConfig, make_loaders, run_config
 from .saving import save_model, stored_tensors
 from .text import Vocab
+from .threads import keep_memory
 from .training import Trainer, kept_state
 from .views import left_out_line
 
@@ -163,6 +164,7 @@ def open_run(
     if not best.is_dir():
         hint = 'train on with resuming' if (run/'last').is_dir() else 'train anew, in another folder'
         raise UserError(f'{run} has no best/ yet, its first epoch was never finished: {hint}')
+    keep_memory()
     model, vocab = task.load(best, weights)
     if Vocab.load(run/'vocab.json').fingerprint() != vocab.fingerprint():
         raise UserError(f'{run}/vocab.json is not the vocabulary that the weights in best/ were trained with')

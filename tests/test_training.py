@@ -24,7 +24,8 @@ from multimodal.checkpoint import atomic_folder, load_tensors, read_history, rec
 from multimodal.core import UserError
 from multimodal.muon import Muon, make_optimizer, orthogonal
 from multimodal.optim import Ema, TrainConfig, add_sums, choose_precision, means, param_groups, schedule
-from multimodal.threads import keep_memory
+from multimodal.products import Linear, multiply, permit, stays_exact
+from multimodal.threads import keep_memory, learn_at_once, use_cores
 from multimodal.training import Interrupted, Trainer
 
 
@@ -554,3 +555,50 @@ def test_without_glibc_memory_is_left_alone(monkeypatch, error):
     def no_library(name): raise error
     monkeypatch.setattr('multimodal.threads.ctypes.CDLL', no_library)
     keep_memory()
+
+
+def switch(): return getattr(getattr(torch.backends.mkldnn, 'matmul', None), 'fp32_precision', None)
+
+
+def test_threads_that_learn_at_once_leave_the_switch_alone_and_agree_with_one():
+    "Gradients of weights go by a switch that holds for the whole process; two threads must not turn it under one another's hands."
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(64, 256), nn.GELU(), Linear(256, 64), nn.GELU(), Linear(64, 8))
+    weights, x, before, seen = list(model.parameters()), torch.randn(400, 64), switch(), set()
+    for layer in model: layer.register_full_backward_hook(lambda *_: seen.add(switch()) and None)
+    found = []
+    for cores in 1, 2, 2, 2:
+        with use_cores(1):
+            learn_at_once(lambda part: (model(part).square().sum(), len(part), {}), x.chunk(4), weights, cores)
+        found.append([p.grad.clone() for p in weights])
+    for other in found[1:]: assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+    assert seen == {before} and switch() == before
+
+
+@pytest.mark.skipif(not stays_exact(), reason='@ does not go by oneDNN here, or not exactly')
+def test_gradients_of_weights_by_the_switch_are_those_of_64_bits_and_it_is_turned_back_after_an_error():
+    from multimodal.products import OneDNNLinear
+    torch.manual_seed(0)
+    x, w, g = torch.randn(300, 70, requires_grad=True), torch.randn(90, 70, requires_grad=True), torch.randn(300, 90)
+    before = switch()
+    dx, dw = torch.autograd.grad(OneDNNLinear.apply(x, w, None), (x, w), g)
+    assert torch.allclose(dw.double(), g.double().T @ x.double(), atol=1e-4) and torch.allclose(dx.double(), g.double() @ w.double(), atol=1e-4)
+    assert torch.allclose(dw, multiply(g.T, x.T), atol=1e-4) and switch() == before
+    with pytest.raises(RuntimeError):
+        with permit('bf16'): g.T @ x[:5]
+    assert switch() == before
+
+
+def test_adamw_in_one_go_takes_the_steps_of_adamw_and_resumes():
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    import copy
+    two, config, x = copy.deepcopy(one), TrainConfig(lr=.01), torch.randn(20, 9)
+    fused, plain = make_optimizer(one, config), torch.optim.AdamW(param_groups(two, config), lr=.01, betas=(.9, config.beta2), foreach=False)
+    assert fused.defaults['fused']
+    for _ in range(20):
+        for model, optimizer in (one, fused), (two, plain):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(one.parameters(), two.parameters()): assert torch.allclose(a, b, atol=1e-5)
