@@ -76,6 +76,7 @@ def parts_of(model: Captioner) -> Parts:
     layers, marks, parts = KEPT.get(model) or ([m for part in (model.text, model.fusion, model.decoder)
                                                 for m in part.modules()], None, None)
     now = [(p.data_ptr(), p.is_inference() or p._version) for layer in layers for p in layer._parameters.values()]
+    now.append(model.decoder.norm.weight.sum().item())          # a fused optimizer of somebody's own does not count
     if now != marks: KEPT[model] = layers, now, (parts := Parts(model))
     return parts
 
