@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'learned_state', 'load_learned', 'save_learned', 'optimizer_tensors', 'load_optimizer',
            'recover_folder', 'atomic_folder', 'check_free', 'write_history', 'read_history', 'describe_epoch',
-           'plot_history', 'StopRequest']
+           'plot_history', 'StopRequest', 'Interrupted']
 
 # %% ../nbs/09c_checkpoint.ipynb #de805d13
 import errno, json, os, shutil, signal, threading
@@ -212,3 +212,5 @@ class StopRequest:
     def __exit__(self, *error):
         for s, handler in self.old.items(): signal.signal(s, handler or signal.SIG_DFL)
         self.old = {}
+
+class Interrupted(KeyboardInterrupt): "Training was stopped by the user; the step in hand was finished and saved."

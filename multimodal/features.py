@@ -38,7 +38,7 @@ def cache_key(
 
 # %% ../nbs/04b_features.ipynb #060179ef
 class FeatureCache:
-    "Features of many photos on disk: for each view a memory-mapped fp16 array [n, P, C]"
+    "Features of many photos on disk: for each view a file with an fp16 array [n, P, C]"
     def __init__(self,
         folder: Path,                         # where the arrays lie
         paths: list[Path],                    # photos, in the order of the rows
@@ -47,7 +47,7 @@ class FeatureCache:
         skipped: dict[str, str]|None = None,  # path → why there are no features of it
     ):
         self.folder, self.paths, self.shape, self.views = Path(folder), list(paths), tuple(shape), tuple(views)
-        self.skipped, self.arrays, self.touched = dict(skipped or {}), {}, 0
+        self.skipped = dict(skipped or {})
         self.rows = {str(p): row for row, p in enumerate(self.paths) if str(p) not in self.skipped}
         with io.BytesIO() as f:
             about = dict(descr='<f2', fortran_order=False, shape=(len(self.paths), *self.shape))
@@ -70,20 +70,19 @@ def get(self: FeatureCache,
     view: str = 'plain',  # which view
 ) -> np.ndarray:  # float16 [P, C] for one row, [n, P, C] for several
     "Features of some photos; raises `UserError` where the view is not there"
-    if self.touched > 500: self.arrays, self.touched = {}, 0
-    arrays = self.arrays
-    if view not in arrays:
-        if not self.is_whole(view): raise UserError(f'{self.folder}: no features of view {view!r}; build them first')
-        arrays[view] = np.load(self.folder/f'{view}.npy', mmap_mode='r')
-    some = np.array(arrays[view][rows])
-    self.touched += some.size//(self.shape[0]*self.shape[1])
+    if not self.is_whole(view): raise UserError(f'{self.folder}: no features of view {view!r}; build them first')
+    file, every = self.folder/f'{view}.npy', range(len(self))
+    def read(row):
+        start = len(self.header) + every[row]*self.row_bytes
+        return np.fromfile(file, '<f2', self.row_bytes//2, offset=start).reshape(self.shape)
+    if isinstance(rows, slice): rows = every[rows]
+    elif np.ndim(rows) == 0: return read(rows)
+    some = np.empty((len(rows), *self.shape), np.float16)
+    for i, row in enumerate(rows): some[i] = read(row)
     return some
 
 @patch
 def __getitem__(self: FeatureCache, rows): return self.get(rows)
-
-@patch
-def __getstate__(self: FeatureCache): return self.__dict__ | {'arrays': {}}
 
 # %% ../nbs/04b_features.ipynb #4bffeaf6
 @patch

@@ -116,10 +116,11 @@ def learn_to_sketch(
     device, weights, cut = next(model.parameters()).device, list(model.parameters()), PaintLoss(config.blank).parts
     optimizer, losses, n = make_optimizer(model, config), [], config.sketch_steps
     one = lambda part: (sketch_loss(model, *part[:2]).sum(), len(part[0]), {})
+    many = 2 if device.type == 'cpu' else 1                                     # parts of a batch
     with use_cores(1) as cores:
         for k, batch in enumerate(islice(batches(), n)):
             for group in optimizer.param_groups: group['lr'] = config.lr*group['scale']*schedule(.9*(k + 1)/n, .03)
-            total, size, _ = learn_at_once(one, cut(send_to_device(batch, device)), weights, cores)
+            total, size, _ = learn_at_once(one, cut(send_to_device(batch, device), many), weights, cores)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total.item()/size)

@@ -9,16 +9,18 @@ __all__ = ['unit', 'AttentionPool', 'RetrieverConfig', 'Retriever', 'info_nce', 
 # %% ../nbs/20_retrieval.ipynb #33372fbf
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .attention import MultiHeadAttention
-from .core import UserError
+from .core import UserError, place
 from .dataloaders import Batch
 from .dropout import Dropout
 from .encoder import EncoderConfig, ImageEncoder
 from .halfway import see
+from .processes import by_first, of_all, own_of
 from .products import Linear
 from .recipe import hide_words
 from .text import PAD
@@ -124,11 +126,15 @@ def retrieval_loss(
     hide = word_dropout if model.training else 0.0
     texts = torch.cat([model.caption(hide_words(tokens, hide)) for tokens in batch.tokens])          # [B, D]
     images, owners = model.image(batch.images), torch.cat(batch.owners)                              # [N, D], [B]
-    total = info_nce(images, texts, owners, model.log_scale.exp().clamp(max=100)).sum()
-    right = ((texts @ images.T).argmax(1) == owners).sum()
+    photos, captions, whose = of_all(images, texts, owners)                   # lists, a tensor of each process
+    starts, rank, scale = [0, *accumulate(map(len, photos))], place()[0], by_first(model.log_scale.exp().clamp(max=100))
+    images, whose = torch.cat(photos), [o + start for o, start in zip(whose, starts)]                # of all
+    each = info_nce(images, torch.cat(captions), torch.cat(whose), scale)
+    total = own_of(each.sum(), each.split([*map(len, captions)])[rank].sum())
+    right = ((texts @ images.T).argmax(1) == whose[rank]).sum()
     return total, len(texts), {'loss': total.detach(), 'accuracy': right.detach()}
 
-retrieval_loss.whole_batch = True    # a share of a batch is an easier task: several processes cannot deal it out
+retrieval_loss.whole_batch = True    # a share of a batch would be an easier task
 
 # %% ../nbs/20_retrieval.ipynb #16e9341d
 def ranks(

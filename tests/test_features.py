@@ -145,14 +145,16 @@ def test_the_cache_says_what_the_encoder_says(kw, paths, tmp_path):
     assert abs(cache.get(0, 'flip').astype(float) - cache.get(0)).max() > .01
 
 
-def test_rows_are_mapped_and_not_loaded(encoder, paths, tmp_path):
+def test_rows_are_the_readers_own_and_no_numbers_travel(encoder, paths, tmp_path):
     cache = build(encoder, paths, tmp_path/'c')
     mine = cache[0]
-    assert isinstance(cache.arrays['plain'], np.memmap)
-    mine += 1                                                         # a row that was handed out is the reader's own
+    mine += 1
     assert (cache[0] != mine).any()
     copy = pickle.loads(pickle.dumps(cache))
-    assert len(pickle.dumps(cache)) < 10_000 and copy.arrays == {} and (copy[3] == cache[3]).all()
+    assert len(pickle.dumps(cache)) < 10_000 and (copy[3] == cache[3]).all()
+    assert cache.get([]).shape == (0, *cache.shape) and (cache[np.int64(2)] == cache[2]).all() and (cache[::-2] == cache[:][::-2]).all()
+    for wrong in len(cache), -len(cache) - 1:
+        with pytest.raises(IndexError): cache[wrong]
 
 
 def test_a_view_that_was_not_built(encoder, paths, tmp_path):

@@ -25,12 +25,14 @@ import torch
 import multimodal.training as training
 from multimodal.core import UserError, place
 from multimodal.datasets import read_flickr8k
-from multimodal.recipe import RunConfig
-from multimodal.runs import train_captions
+from multimodal.runs import CAPTIONS
+from multimodal.tasks import train_run
 
 data, run, kill_at, more = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-config = RunConfig(weights='none', trainable='none', stage=2, image_size=32, embedding_dim=32, n_layers=1, n_heads=2, epochs=2,
-                   min_count=1, max_words=30, batch_size=7, dropout=0., save_every=3, lr=1e-3, ema=.9)
+if more.pop('task', None): from multimodal.finder import RETRIEVAL as task
+else: task = CAPTIONS
+config = task.config(weights='none', trainable='none', stage=2, image_size=32, embedding_dim=32, n_layers=1, n_heads=2, epochs=2,
+                     min_count=1, max_words=30, batch_size=7, dropout=0., save_every=3, lr=1e-3, ema=.9)
 config = replace(config, **more)
 seen, steps, first = [], [0], training.Trainer.train_step
 def step(self, batch):
@@ -52,7 +54,7 @@ def begin(self, *args, **kw):
     start(self, *args, **kw)
     self.accelerator.clip_grad_norm_ = kept(self.accelerator.clip_grad_norm_)
 training.Trainer.__init__ = begin
-try: train_captions(read_flickr8k(data), run, config, resume='resume' in sys.argv, device='cpu', say=lambda line: None)
+try: train_run(task, read_flickr8k(data), run, config, resume='resume' in sys.argv, device='cpu', say=lambda line: None)
 except (UserError, KeyboardInterrupt) as e:
     sys.stderr.write(f'process {place()[0]}: {e}' + chr(10))              # in one piece, as the other writes too
     sys.exit(1)
@@ -118,6 +120,24 @@ def test_history_weights_and_single_writer(both):
     for name in kept[0]:        # a bias of attention's keys has no gradient but rounding, which AdamW makes larger
         if not name.endswith('qkv.bias'): assert (kept[0][name] - kept[1][name]).abs().max() < 1e-4, name
     assert sorted(p.name for p in (folder/'two').rglob('*')) == sorted(p.name for p in (folder/'one').rglob('*'))
+
+
+def test_losses_that_compare_see_the_whole_batch(folder):
+    more = {'task': 'retrieve', 'captions_per_image': 2, 'word_dropout': 0., 'batch_size': 44}
+    for run, n in ('seek', 1), ('seek_by_two', 2):
+        done = launch(folder, run, n, **more)
+        assert not done.returncode, done.stderr[-3000:]
+    one, *two = [json.loads((folder/f'{name}.json').read_text()) for name in ('seek.0', 'seek_by_two.0', 'seek_by_two.1')]
+    assert two[0]['gradients'] == two[1]['gradients'] and one['steps'] == two[0]['steps']
+    assert [len(x) for x in one['seen'][:2]] == [44, 1] and len(two[1]['seen'][0]) == 22 and not two[1]['seen'][1]
+    for step, (a, b) in enumerate(zip(one['gradients'], two[0]['gradients'])):
+        for p, q in zip(a, b):
+            assert (p is None) == (q is None)
+            if p is not None: assert (torch.tensor(p) - torch.tensor(q)).abs().max() < 1e-6, step
+    assert max(abs(x) for p in one['gradients'][0] if p for x in p) > 1e-3
+    rows = [read_history(folder/run/'history.jsonl') for run in ('seek', 'seek_by_two')]
+    for a, b in zip(*rows):
+        for key in a.keys() - {'seconds'}: assert a[key] == pytest.approx(b[key], abs=1e-5), key
 
 
 def test_a_killed_process_ends_the_run_and_it_resumes(both):
@@ -188,16 +208,6 @@ def test_a_team_of_one_changes_nothing():
     p.grad = torch.full((3,), 2.)
     assert team.add_up([p], torch.tensor(6.), 3, {'accuracy': 1}) == (torch.tensor(6.), 3, {'accuracy': 1})
     assert torch.equal(p.grad, torch.full((3,), 2.)) and place() == (0, 1)
-
-
-def test_a_loss_over_the_whole_batch_is_refused_in_a_team():
-    from functools import partial
-
-    from multimodal.retrieval import retrieval_loss
-    team = Team(make_accelerator(torch.device('cpu'), 'fp32'))
-    team.begin({}, partial(retrieval_loss, word_dropout=.1))
-    team.alone = False
-    with pytest.raises(UserError, match='train in one process'): team.begin({}, partial(retrieval_loss, word_dropout=.1))
 
 
 def test_ring_grows_to_twice_the_vector():
