@@ -8,13 +8,14 @@ __all__ = ['cache_facts', 'cache_key', 'FeatureCache', 'one_at_a_time']
 # %% ../nbs/04b_features.ipynb #ee2dbf4f
 import hashlib, io, json, os, shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
 from .core import UserError, read_json, write_json
-from .encoder import ImageEncoder, ImageTransform
-from .views import check_view, left_out_line, read_ahead, read_view
+from .encoder import MOUTHFUL, ImageEncoder, ImageTransform
+from .views import ahead, check_view, left_out_line, read_view, stacked
 
 # %% ../nbs/04b_features.ipynb #86635643
 def cache_facts(
@@ -86,25 +87,30 @@ def __getitem__(self: FeatureCache, rows): return self.get(rows)
 
 # %% ../nbs/04b_features.ipynb #4bffeaf6
 @patch
-def encode_batch(self: FeatureCache,
+def look(self: FeatureCache,
     encoder: ImageEncoder,
-    batch: list,  # tensors [3, H, W], or reasons why there is none
-    start: int,   # row of the first
-) -> np.ndarray:  # float16 [n, P, C]
-    "Features of a batch; zeros for photos that could not be read"
-    good = [i for i, x in enumerate(batch) if not isinstance(x, str)]
-    bad = {str(self.paths[start + i]): x for i, x in enumerate(batch) if isinstance(x, str)}
+    view: str,
+    transform: ImageTransform,
+    rows: range,
+) -> tuple:  # {photo: why it could not be read}; float16 [n, P, C]
+    "Features of some photos; zeros for those that could not be read"
+    photos = {row: read_view(self.paths[row], view, transform) for row in rows}
+    bad = {str(self.paths[row]): x for row, x in photos.items() if isinstance(x, str)}
+    good, out = [row for row in rows if not isinstance(photos[row], str)], np.zeros((len(rows), *self.shape), np.float16)
+    if good:
+        with torch.inference_mode():
+            images = stacked([photos[row] for row in good]).to(next(encoder.parameters()).device)       # [n, 3, H, W]
+            out[[row - rows[0] for row in good]] = encoder.features(images).half().cpu().numpy()
+    return bad, out
+
+# %% ../nbs/04b_features.ipynb #89c8686d
+@patch
+def note(self: FeatureCache, bad: dict):  # photo → why it could not be read
+    "Keep what could not be read"
     if bad.keys() - self.skipped.keys():
         self.skipped |= bad
         write_json(self.folder/'skipped.json', self.skipped)
-    out = np.zeros((len(batch), *self.shape), np.float16)
-    if good:
-        with torch.inference_mode():
-            images = torch.stack([batch[i] for i in good]).to(next(encoder.parameters()).device)  # [n, 3, H, W]
-            out[good] = encoder.features(images).half().cpu().numpy()
-    return out
 
-# %% ../nbs/04b_features.ipynb #89c8686d
 @patch
 def write_view(self: FeatureCache, encoder: ImageEncoder, view: str, transform: ImageTransform, batch_size: int,
                progress: bool):
@@ -114,15 +120,17 @@ def write_view(self: FeatureCache, encoder: ImageEncoder, view: str, transform: 
     try:
         with open(part, 'r+b' if part.exists() else 'w+b') as f:
             done = max(0, os.fstat(f.fileno()).st_size - len(self.header))//self.row_bytes
-            done -= done % batch_size                                              # whole batches: the same rounding
+            size = min(batch_size, max(1, MOUTHFUL//transform.size**2))
+            done -= done % size                                                # whole batches: the same rounding
             if not done: f.write(self.header)
             f.truncate(f.seek(len(self.header) + done*self.row_bytes))
             with tqdm(total=len(self), initial=done, desc=f'features {view}', unit='', disable=not progress) as bar:
-                for batch in read_ahead(lambda p: read_view(p, view, transform), self.paths[done:], batch_size):
-                    f.write(self.encode_batch(encoder, batch, done).tobytes())
+                parts = [range(i, min(i + size, len(self))) for i in range(done, len(self), size)]
+                for bad, rows in ahead(partial(self.look, encoder, view, transform), parts):
+                    self.note(bad)
+                    f.write(rows.tobytes())
                     f.flush()
-                    done += len(batch)
-                    bar.update(len(batch))
+                    bar.update(len(rows))
             os.fsync(f.fileno())
         os.replace(part, part.with_suffix('.npy'))
     except OSError as error:
@@ -164,7 +172,7 @@ def build(cls: FeatureCache,
     transform: ImageTransform,   # photo → tensor
     folder: Path,                # may be shared by caches of all kinds
     views: tuple = ('plain',),   # 'plain', 'flip', 'crop0', 'crop1_flip', …
-    batch_size: int = 32,        # photos at a time
+    batch_size: int = 32,        # photos at a time, at most
     progress: bool = True,       # show a bar
 ) -> FeatureCache:
     "Features of all photos, computed where they are not there yet; raises `UserError` where that cannot be done"

@@ -88,7 +88,8 @@ def param_groups(
 class Ema:
     "A copy of a model whose weights follow the model's, smoothed."
     def __init__(self, model, decay):
-        self.model, self.decay = copy.deepcopy(model), decay
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}       # what is frozen need not be copied
+        self.model, self.decay = copy.deepcopy(model, shared), decay
         moving = lambda m: [*(p for p in m.parameters() if p.requires_grad), *m.buffers()]
         self.pairs = list(zip(moving(self.model), moving(model)))
 

@@ -23,6 +23,7 @@ from .optim import add_sums, means
 from .recipe import RunConfig, caption_loss
 from .saving import load_captioner
 from .tasks import Task, TrainedRun, open_run, say_skipped, train_run
+from .views import stacked
 
 # %% ../nbs/10c_runs.ipynb #6b7f885d
 @dataclass
@@ -81,7 +82,7 @@ def caption(self: Run,
             try: good.append((path, transform(load_image(path))))
             except UserError as e: wrong.append(e)
         if not good: continue
-        written = generate(self.model, torch.stack([x for _, x in good]).to(device), config, self.choose)
+        written = generate(self.model, stacked([x for _, x in good]).to(device), config, self.choose)
         rows += [{'image': str(path), 'caption': self.vocab.decode(c.ids), 'logprob': c.logprob}
                  for (path, _), c in zip(good, written)]
     if not rows:

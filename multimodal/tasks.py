@@ -56,6 +56,7 @@ def say_skipped(dataset: CaptionDataset, say=aside):
 
 def checked_loaders(model, data, config, vocab, cache, share: tuple = (0, 1)) -> tuple:  # as `make_loaders` gives them
     "Batches for training and validation; it is said where photos are left out"
+    keep_memory()
     loaders = make_loaders(data, config, vocab, getattr(model, 'encoder', None), cache, share)
     for loader in loaders: say_skipped(loader.dataset)
     return loaders

@@ -6,7 +6,7 @@
 __all__ = ['workers', 'use_cores', 'at_once', 'add_up', 'learn_at_once', 'best_threads', 'keep_memory', 'return_memory', 'tidied']
 
 # %% ../nbs/09e_threads.ipynb #a15f617f
-import ctypes, time
+import ctypes, os, time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +84,9 @@ def keep_memory(
     "Freed memory is kept for what comes next, from now on in this process, where the C library is glibc"
     try: tell = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError): return            # another library: it does as it pleases
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3     # from malloc.h
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8                # from malloc.h
     for what, n in (M_MMAP_THRESHOLD, 1 << 25), (M_TRIM_THRESHOLD, spare), (M_TOP_PAD, 1 << 24): tell(what, n)
+    if 'MALLOC_ARENA_MAX' not in os.environ: tell(M_ARENA_MAX, 1)
 
 # %% ../nbs/09e_threads.ipynb #7d952617
 def return_memory() -> bool:  # was there any
