@@ -68,7 +68,7 @@ def plain_writing_rows(b: Bench) -> list:
     def theirs(): return [write_plainly(b.model, x) for x in few.split(1)]
     with Products() as heard: ours()
     n = len(b.features[:64])
-    return [speed(f'writing, greedy, {n} at a time, beside a loop without cache', race(ours, theirs, b.rounds), n, 20,
+    return [speed(f'writing, greedy, {n} at a time, beside one at a time without cache', race(ours, theirs, b.rounds), n, 20,
                   n_theirs=len(few)),
             speed(f'writing, greedy, {n} at a time, beside its products alone',
                   race(ours, alone(heard.calls), b.rounds), n, .75)]
@@ -156,12 +156,14 @@ def original_pieces(b: Bench, folder: Path) -> dict:  # seconds for each photo o
     pairs = EachTime(b.items[:32], b.run.vocab, b.transform, config.max_words)
     plain = PlainCaptioner(b.model).train().to(b.device)
     optimizer, batches = torch.optim.AdamW(plain.parameters(), 1e-5), batches_of(b, folder, 1)
+    config = replace(config, epochs=1000)
     trainer = Trainer(copy.deepcopy(b.model), loss_of(config), batches, batches, config, device=b.device)
     build = lambda to: FeatureCache.build(b.encoder, paths, b.transform, to, progress=False)
     def look():
         images, tokens = send_to_device(side_by_side([pairs[i] for i in range(64)]), b.device)
         with torch.no_grad(): return b.encoder.features(images), tokens
-    def learn(): return plain_step(plain, optimizer, *seen)
+    def learn():
+        with trainer.accelerator.autocast(): return plain_step(plain, optimizer, *seen)
     def keep():
         with tempfile.TemporaryDirectory() as other: build(Path(other))
     source, seen, n = build(folder), look(), sum(map(len, batches[0].tokens))

@@ -134,14 +134,14 @@ def of_all(
     from accelerate import PartialState
     from accelerate.utils import gather_object, reduce
     found, device = [], PartialState().device
-    with together():
-        kinds = gather_object([[(tuple(x.shape), x.dtype) for x in mine]])
-        for k, ((_, *rest), dtype) in enumerate(max(kinds, key=len)):
-            sizes = [kind[k][0][0] if kind else 0 for kind in kinds]
-            parts = torch.zeros(sum(sizes), *rest, dtype=dtype, device=device).split(sizes)
-            whole = torch.cat([mine[k].detach() if i == place()[0] and mine else p for i, p in enumerate(parts)])
-            found.append(list(reduce(whole, 'sum').split(sizes)))      # each row is somebody's, and nought elsewhere
-            if mine: found[-1][place()[0]] = mine[k]
+    with together(): kinds = gather_object([[(tuple(x.shape), x.dtype) for x in mine]])
+    for k, ((_, *rest), dtype) in enumerate(max(kinds, key=len)):
+        sizes = [kind[k][0][0] if kind else 0 for kind in kinds]
+        parts = torch.zeros(sum(sizes), *rest, dtype=dtype, device=device).split(sizes)
+        whole = torch.cat([mine[k].detach() if i == place()[0] and mine else p for i, p in enumerate(parts)])
+        with together(): whole = reduce(whole, 'sum')                  # each row is somebody's, and nought elsewhere
+        found.append(list(whole.split(sizes)))
+        if mine: found[-1][place()[0]] = mine[k]
     return found
 
 # %% ../nbs/09g_processes.ipynb #a1991dd6
@@ -152,9 +152,12 @@ def own_of(
     "The value of `own`, with the gradient of `whole`"
     return own.detach() + (whole - whole.detach())
 
-def by_first(x: torch.Tensor) -> torch.Tensor:
-    "The same number; only the first process learns from it"
-    return x if place()[0] == 0 else x.detach()
+def by_first(
+    x: torch.Tensor,
+    parts: list,     # one of the lists that `of_all` gave
+) -> torch.Tensor:
+    "The same number; only one process learns from it, the first whose part is not empty"
+    return x if place()[0] == next((i for i, part in enumerate(parts) if len(part)), 0) else x.detach()
 
 @patch
 def absent(self: Team) -> tuple:  # no losses, of no items

@@ -7,7 +7,7 @@ __all__ = ['PRODUCTS', 'Race', 'finished', 'race', 'Speed', 'speed', 'Kind', 'Pr
            'room_for', 'operations', 'large_product']
 
 # %% ../nbs/32b_races.ipynb #af000002
-import gc, math, statistics, time
+import gc, statistics, time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -155,9 +155,12 @@ def operations(
     do: Callable,  # called without arguments
 ) -> int:          # additions and multiplications
     "What is counted in the matrix products of a call"
-    from torch.utils.flop_counter import FlopCounterMode
-    def linear(x, weight, *more, out_shape=None, **others): return 2*math.prod(x)*out_shape[-1]
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear}) as counter: do()
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+    for way in '', '_backward':                                # the same products as the kernel for graphics cards
+        card, here = (getattr(torch.ops.aten, f'_scaled_dot_product_flash_attention{place}{way}')
+                      for place in ('', '_for_cpu'))
+        flop_registry.setdefault(here, flop_registry[card])
+    with FlopCounterMode(display=False) as counter: do()
     return counter.get_total_flops()
 
 def large_product(

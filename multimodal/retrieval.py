@@ -127,7 +127,8 @@ def retrieval_loss(
     texts = torch.cat([model.caption(hide_words(tokens, hide)) for tokens in batch.tokens])          # [B, D]
     images, owners = model.image(batch.images), torch.cat(batch.owners)                              # [N, D], [B]
     photos, captions, whose = of_all(images, texts, owners)                   # lists, a tensor of each process
-    starts, rank, scale = [0, *accumulate(map(len, photos))], place()[0], by_first(model.log_scale.exp().clamp(max=100))
+    starts, rank = [0, *accumulate(map(len, photos))], place()[0]
+    scale = by_first(model.log_scale.exp().clamp(max=100), captions)
     images, whose = torch.cat(photos), [o + start for o, start in zip(whose, starts)]                # of all
     each = info_nce(images, torch.cat(captions), torch.cat(whose), scale)
     total = own_of(each.sum(), each.split([*map(len, captions)])[rank].sum())

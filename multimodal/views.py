@@ -105,9 +105,9 @@ def read_ahead(
     "Batches of what `read` returns; the next one is under way while the caller works on this one"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         submit = lambda i: [pool.submit(read, item) for item in items[i:i + size]]
-        ahead = submit(0)
+        coming = submit(0)
         for i in range(0, len(items), size):
-            now, ahead = ahead, submit(i + size)
+            now, coming = coming, submit(i + size)
             yield [f.result() for f in now]
 
 # %% ../nbs/04a_views.ipynb #86bad0b9
@@ -119,14 +119,16 @@ def ahead(
     "Do something with each part; the cores that PyTorch may use are dealt out to the parts that are under way"
     cores, todo = torch.get_num_threads(), iter(parts)
     n = min(cores, most)
+    pool = ThreadPoolExecutor(n, initializer=partial(torch.set_num_threads, cores//n))
     try:
-        with ThreadPoolExecutor(n, initializer=partial(torch.set_num_threads, cores//n)) as pool:
-            under_way = deque(pool.submit(do, part) for part in islice(todo, n + 1))
-            while under_way:
-                done = under_way.popleft().result()
-                under_way.extend(pool.submit(do, part) for part in islice(todo, 1))
-                yield done
-    finally: torch.set_num_threads(cores)
+        under_way = deque(pool.submit(do, part) for part in islice(todo, n + 1))
+        while under_way:
+            done = under_way.popleft().result()
+            under_way.extend(pool.submit(do, part) for part in islice(todo, 1))
+            yield done
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
 
 # %% ../nbs/04a_views.ipynb #c66c143f
 class PixelSource:
