@@ -68,8 +68,8 @@ def plain_writing_rows(b: Bench) -> list:
     def theirs(): return [write_plainly(b.model, x) for x in few.split(1)]
     with Products() as heard: ours()
     n = len(b.features[:64])
-    return [speed(f'writing, greedy, {n} at a time, beside one at a time without cache', race(ours, theirs, b.rounds), n, 20,
-                  n_theirs=len(few)),
+    return [speed(f'writing, greedy, {n} at a time, beside one at a time without cache',
+                  race(ours, theirs, b.rounds), n, 20, n_theirs=len(few)),
             speed(f'writing, greedy, {n} at a time, beside its products alone',
                   race(ours, alone(heard.calls), b.rounds), n, .75)]
 

@@ -96,7 +96,7 @@ def look(self: FeatureCache,
     "Features of some photos; zeros for those that could not be read"
     photos = {row: read_view(self.paths[row], view, transform) for row in rows}
     bad = {str(self.paths[row]): x for row, x in photos.items() if isinstance(x, str)}
-    good, out = [row for row in rows if not isinstance(photos[row], str)], np.zeros((len(rows), *self.shape), np.float16)
+    good, out = [row for row in rows if str(self.paths[row]) not in bad], np.zeros((len(rows), *self.shape), np.float16)
     if good:
         with torch.inference_mode():
             images = stacked([photos[row] for row in good]).to(next(encoder.parameters()).device)       # [n, 3, H, W]
