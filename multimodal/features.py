@@ -103,7 +103,7 @@ def look(self: FeatureCache,
             out[[row - rows[0] for row in good]] = encoder.features(images).half().cpu().numpy()
     return bad, out
 
-# %% ../nbs/04b_features.ipynb #89c8686d
+# %% ../nbs/04b_features.ipynb #325fdcac
 @patch
 def note(self: FeatureCache, bad: dict):  # photo → why it could not be read
     "Keep what could not be read"
@@ -111,6 +111,7 @@ def note(self: FeatureCache, bad: dict):  # photo → why it could not be read
         self.skipped |= bad
         write_json(self.folder/'skipped.json', self.skipped)
 
+# %% ../nbs/04b_features.ipynb #89c8686d
 @patch
 def write_view(self: FeatureCache, encoder: ImageEncoder, view: str, transform: ImageTransform, batch_size: int,
                progress: bool):
