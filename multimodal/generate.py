@@ -80,7 +80,7 @@ def next_logprobs(
     "Read the newest word of each draft; what may come next, and how likely is it?"
     newest = words[:, -1] if words.shape[1] else words.new_full((len(words),), BOS)
     logprobs = writing.step(newest).float().log_softmax(-1)
-    if logprobs[:, EOS].isnan().any(): raise UserError('generate: the model gives NaN; was its learning rate too high?')
+    if logprobs[:, EOS].sum().isnan(): raise UserError('generate: the model gives NaN; was its learning rate too high?')
     return restrict(logprobs, words, config)
 
 # %% ../nbs/08_generate.ipynb #64046834
@@ -94,8 +94,7 @@ def sample(
     if some: logits, ids = logits.topk(min(config.top_k or V, V))           # [R, k], likeliest first
     p = logits.softmax(-1)
     if some: p = p.masked_fill(p.cumsum(-1) - p >= config.top_p, 0)         # by the probability of all words before
-    scale = p.cumsum(-1)
-    end = scale[:, -1:]                                                     # rounding must not fall off it
+    end = (scale := p.cumsum(-1))[:, -1:]                                   # rounding must not fall off it
     place = torch.searchsorted(scale, (luck[:, None]*end).minimum(end.nextafter(0*end)), right=True)      # [R, 1]
     return (ids.gather(1, place) if some else place)[:, 0]
 
@@ -112,17 +111,18 @@ def one_by_one(
     "One draft for each photo, one word after the other"
     N, device, greedy = writing.n_photos, writing.device, config.method != 'sample'
     luck = torch.rand(N, config.max_len + 1, generator=torch.Generator().manual_seed(config.seed)).to(device)
-    captions, photo, total, words = [None]*N, torch.arange(N, device=device), luck.new_zeros(N), luck[:, :0].long()
-    while len(photo):
+    captions, photo, total, words = [None]*N, list(range(N)), luck.new_zeros(N), luck[:, :0].long()
+    while photo:
         logprobs = next_logprobs(writing, words, config)                    # [R, V]
-        token = logprobs.argmax(-1) if greedy else sample(logprobs, luck[photo, words.shape[1]], config)   # [R]
+        token = logprobs.argmax(-1) if greedy else sample(logprobs, luck[:, words.shape[1]], config)       # [R]
         total, words = total + logprobs.gather(1, token[:, None])[:, 0], torch.cat([words, token[:, None]], 1)
         ended = [r for r, word in enumerate(token.tolist()) if word == EOS]
         for r in ended: captions[photo[r]] = Caption(words[r, :-1].tolist(), total[r].item())
+        if len(ended) == len(photo): break
         if ended:
             left = fill_holes(token != EOS)
             writing.keep(left, left)
-            photo, total, words = photo[left], total[left], words[left]
+            photo, luck, total, words = [photo[r] for r in left.tolist()], luck[left], total[left], words[left]
     return captions
 
 # %% ../nbs/08_generate.ipynb #5d89afc9

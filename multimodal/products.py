@@ -87,9 +87,12 @@ class Fixed:
         weight: torch.Tensor,              # W [m, k]
         bias: torch.Tensor | None = None,  # [m]
     ):
-        self.weight, self.bias, self.packed = weight.detach(), None if bias is None else bias.detach(), None
+        self.weight, self.packed = weight.detach(), None
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
         self.turned = self.weight.t().contiguous()                                 # [k, m]
         self.packs = onednn_is_faster() and weight.device.type == 'cpu' and weight.dtype == torch.float32
+        c = math.gcd(len(weight), min(torch.get_num_threads(), weight.numel() >> 16)) if self.packs else 1
+        self.shares = self.weight.contiguous().unflatten(0, (c, -1)) if c > 1 else None          # [c, m/c, k]
 
     def takes(self, x) -> bool:            # is oneDNN to multiply? Then its order is made, once
         if x.shape[0] < 3 or not self.packs or x.dtype != torch.float32: return False
@@ -99,7 +102,8 @@ class Fixed:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:                           # [n, k] → [n, m]
         "x W^T + b, without gradients"
         if self.takes(x): return multiply(x, self.packed, self.bias)
-        return x @ self.turned if self.bias is None else torch.addmm(self.bias, x, self.turned)
+        if len(x) != 1 or self.shares is None: return torch.addmm(self.bias, x, self.turned)
+        return torch.bmm(self.shares, x.t().expand(len(self.shares), -1, 1)).view(1, -1).add_(self.bias)
 
 # %% ../nbs/03a_products.ipynb #a82610a0
 @patch

@@ -96,8 +96,8 @@ class QuickWriting(Writing):
         "Before which photos the captions are: the first n"
         self.n_photos, left = n, [x[:n] for x in self.photo]
         self.said = left.pop() if self.parts.mix else None                                              # [N, wide]
-        flat = [x.flatten(0, 1) for x in left]                                                          # [N*h, P, d]
-        self.places = [(k.transpose(1, 2), v) for k, v in zip(flat[::2], flat[1::2])]
+        self.seen = list(zip(left[::2], left[1::2]))                                           # k, v [N, h, P, d]
+        self.places = [(k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)) for k, v in self.seen]
 
 # %% ../nbs/07c_writing.ipynb #858552c8
 @patch
@@ -116,6 +116,9 @@ def look_back(self: QuickWriting, x, i, norm, ask, out) -> torch.Tensor:  # [B, 
 def look_at_photo(self: QuickWriting, x, i, norm, ask, out) -> torch.Tensor:  # [B, D] → [B, D]
     "Words to places of their photo, which K captions share"
     N, h, (k, v) = self.n_photos, self.n_heads, self.places[i]                    # [N*h, d, P] and [N*h, P, d]
+    if len(x) == 1:                                                               # one caption, of one photo
+        y = F.scaled_dot_product_attention(ask(norm(x)).view(1, h, 1, -1), *self.seen[i], scale=1.)
+        return out.add(y.view(x.shape), x)
     q = ask(norm(x)).view(N, -1, h, v.shape[-1]).transpose(1, 2)                  # [N, h, K, d]
     weights = torch.bmm(q.reshape(N*h, -1, q.shape[-1]), k).softmax(-1)           # [N*h, K, P]
     return out.add(torch.bmm(weights, v).view(q.shape).transpose(1, 2).reshape(x.shape), x)
