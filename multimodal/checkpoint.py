@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'learned_state', 'load_learned', 'save_learned', 'optimizer_tensors', 'load_optimizer',
-           'recover_folder', 'atomic_folder', 'check_free', 'write_history', 'read_history', 'describe_epoch',
-           'plot_history', 'StopRequest', 'Interrupted']
+           'check_free', 'write_history', 'read_history', 'describe_epoch', 'plot_history', 'StopRequest',
+           'Interrupted']
 
 # %% ../nbs/09c_checkpoint.ipynb #de805d13
-import errno, json, os, shutil, signal, threading
+import json, os, signal, threading
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -87,48 +87,6 @@ def load_optimizer(
         state.setdefault(int(i), {})[what] = t
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
 
-# %% ../nbs/09c_checkpoint.ipynb #7e1c78c2
-def recover_folder(
-    folder: Path,  # a folder written by `atomic_folder`
-) -> Path:         # the same
-    "Finish or undo an exchange of folders that a crash cut short; call it before reading."
-    folder = Path(folder)
-    old = folder.with_name(f'.{folder.name}.old')
-    if old.exists() and not folder.exists(): os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-# %% ../nbs/09c_checkpoint.ipynb #bb3251db
-@contextmanager
-def atomic_folder(
-    folder: Path,  # the folder to write or replace, as a whole
-):
-    "A new folder to write into; it takes the place of `folder` if all goes well, else leaves no trace."
-    folder = recover_folder(folder)
-    new, old = (folder.with_name(f'.{folder.name}.{x}') for x in ('new', 'old'))
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        _flush(new)
-        if folder.exists(): os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        recover_folder(folder)
-        raise UserError(f'cannot write {folder}: {_reason(e)}; what was saved before is still whole') from e
-    finally: shutil.rmtree(new, ignore_errors=True)
-
-# %% ../nbs/09c_checkpoint.ipynb #30700631
-def _flush(folder):
-    for p in folder.rglob('*'):
-        if p.is_file():
-            with p.open('rb+') as f: os.fsync(f.fileno())
-
-def _reason(e):
-    full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'os error 28' in str(e)
-    return 'the disk is full' if full else str(e)
-
 # %% ../nbs/09c_checkpoint.ipynb #eef62030
 def check_free(
     folder: Path,  # of a run
@@ -136,7 +94,7 @@ def check_free(
     "Raise `UserError` where `folder` holds a run already, or nothing can be written there."
     above = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK): raise UserError(f'{folder}: cannot be written to')
-    if any((Path(folder)/k).exists() for k in ('last', '.last.old', 'best', '.best.old')):
+    if any((Path(folder)/k).exists() for k in ('last', '.last.before', '.last.old', 'best', '.best.before')):
         raise UserError(f'{folder} holds a run already: resume it, or choose another folder')
 
 # %% ../nbs/09c_checkpoint.ipynb #6f70ec33

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHOTO_ENDINGS', 'UserError', 'aside', 'set_seed', 'place', 'get_device', 'as_rgb', 'load_image', 'as_array',
-           'show_images', 'is_photo', 'list_images', 'atomic_write', 'current_umask', 'write_json', 'read_json']
+           'show_images', 'is_photo', 'list_images', 'flush', 'atomic_write', 'current_umask', 'write_json',
+           'read_json']
 
 # %% ../nbs/00_core.ipynb #dcc43c60
 import contextlib, json, os, random, stat, sys, tempfile, textwrap, warnings
@@ -150,6 +151,16 @@ def list_images(
     return list(dict.fromkeys(found))
 
 # %% ../nbs/00_core.ipynb #75a8ef45
+def flush(
+    path: Path, # a file, or a folder
+):
+    "Wait until the contents of a file, or the names in a folder, are on the disk"
+    is_file = path.is_file()
+    with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+        try: os.fsync(handle)
+        finally: os.close(handle)
+
 @contextlib.contextmanager
 def atomic_write(
     path: str|Path, # file to write, in a folder that is made if need be
@@ -163,9 +174,10 @@ def atomic_write(
         os.close(handle)
         beside = Path(name)
         yield beside
-        with open(beside, 'rb+') as f: os.fsync(f.fileno())
+        flush(beside)
         os.chmod(beside, 0o666 & ~current_umask())
         os.replace(beside, path)
+        flush(path.parent)
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); nothing was changed there') from error
     finally:

@@ -33,11 +33,13 @@ class Batch(NamedTuple):
     images: torch.Tensor        # float32 [N, 3, H, W] pixels or [N, P, C] features
     tokens: list[torch.Tensor]  # per group: int64 [b, T+1], bos … eos, padded with 0
     owners: list[torch.Tensor]  # per group: int64 [b], the row of `images` that each caption belongs to
+    names: tuple = ()           # of the image files [N], to be named if something is wrong with them
 
 class Sample(NamedTuple):
     "One image and the captions that go with it"
     image: torch.Tensor         # float32 [3, H, W] or [P, C]
     captions: list[np.ndarray]  # ids of each caption, bos … eos
+    name: str = ''              # of the image file
 
 # %% ../nbs/05_dataloaders.ipynb #ef7c5a1a
 def collate(
@@ -54,7 +56,7 @@ def collate(
     order = np.argsort([len(ids) for ids in captions], kind='stable')
     chunks = np.array_split(order, min(groups, len(order)))
     return Batch(torch.stack([s.image for s in samples]), [pad([captions[j] for j in chunk]) for chunk in chunks],
-                 [torch.from_numpy(owners[chunk]) for chunk in chunks])
+                 [torch.from_numpy(owners[chunk]) for chunk in chunks], tuple(s.name for s in samples))
 
 # %% ../nbs/05_dataloaders.ipynb #b5d00001
 def draw_captions(
@@ -141,7 +143,7 @@ def __getitem__(self: CaptionDataset, i: int) -> Sample|None:  # None where the 
             image, captions = self.augment(view_image(self.source.image(row), view, item.image.name), captions, rng=rng)
             image = self.source.transform(image)
     except UserError as e: return warnings.warn(f'left out: {e}')
-    return Sample(torch.as_tensor(image).float(), [self.encode(c) for c in captions])
+    return Sample(torch.as_tensor(image).float(), [self.encode(c) for c in captions], item.image.name)
 
 # %% ../nbs/05_dataloaders.ipynb #44b27fd1
 class EpochSampler(Sampler):

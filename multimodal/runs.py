@@ -109,7 +109,7 @@ def predict(self: Run,
         with torch.no_grad():
             photos = batch.images.to(device)
             looks = [self.model.encoder.features(x) for x in looks_of(photos, config)]              # [N, P, C] each
-            batch = Batch(looks[0], *([t.to(device) for t in ts] for ts in batch[1:]))
+            batch = Batch(looks[0], *([t.to(device) for t in ts] for ts in batch[1:3]))
             add_sums(sums, *caption_loss(self.model, batch))
         written += generate(self.model, looks, config, self.choose)
     rows = [{'image': str(item.image), 'caption': self.vocab.decode(c.ids), 'logprob': c.logprob,

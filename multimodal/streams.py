@@ -132,7 +132,7 @@ def decode(self: ShardStream, i: int, files: dict) -> Sample|None:  # None where
     except UserError as e:
         self.skipped[str(i)] = f'{self.folder}: {e}'
         return warnings.warn(f'left out: {e}')
-    return Sample(torch.as_tensor(image).float(), [self.encode(c) for c in captions])
+    return Sample(torch.as_tensor(image).float(), [self.encode(c) for c in captions], name)
 
 # %% ../nbs/05c_streams.ipynb #b5c0000015
 class ShardLoader:

@@ -7,6 +7,7 @@ __all__ = ['TrainState', 'Trainer', 'kept_state']
 
 # %% ../nbs/10_training.ipynb #7e5908b0
 import math, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from accelerate.utils import send_to_device
 from fastcore.basics import patch
 from tqdm import tqdm
-from .checkpoint import (Interrupted, StopRequest, atomic_folder, check_free, describe_epoch, learned_state,
-    load_learned, load_optimizer, load_tensors, optimizer_tensors, read_history, recover_folder, save_tensors,
-    save_learned, write_history)
-from .core import UserError, get_device, read_json, write_json
+from multimodal.checkpoint import (Interrupted, StopRequest, check_free, describe_epoch, learned_state,
+    load_learned, load_optimizer, load_tensors, optimizer_tensors, read_history, save_tensors, save_learned,
+    write_history)
+from .core import UserError, aside, get_device, read_json, write_json
+from .durable import atomic_folder, only_one, whole_folder
 from .muon import make_optimizer
 from .optim import (Ema, TrainConfig, add_sums, choose_precision, fast_matmul, make_accelerator, means,
     schedule, seed_step, start_epoch)
@@ -89,6 +91,14 @@ def gradients(self: Trainer, batch) -> tuple:  # sum of losses, number of items,
 
 # %% ../nbs/10_training.ipynb #8ea8c040
 @patch
+def check(self: Trainer, what: str, value: float, batch=None):
+    "Raise `UserError` where a value is no number any more: what is on disk stays as it was"
+    if math.isfinite(value): return
+    names = ', '.join(getattr(batch, 'names', ()))
+    raise UserError(f'the {what} became {value} at step {self.state.step + 1}{" with " if names else ""}{names}; '
+                    'lower lr or raise warmup' + '; the state saved last is whole'*bool(self.folder))
+
+@patch
 def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     "One step along the gradient. Raises `UserError` where the loss is no number any more."
     self.state.lr = self.config.lr * schedule(self.progress(), self.config.warmup)
@@ -96,9 +106,9 @@ def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
     found = self.team.absent() if batch is None else self.gradients(batch)
     total, n, shown = self.team.add_up(self.weights, *found, seconds=self.elapsed())
     loss = float(total / n) if n else 0.                       # no photo of the batch could be read: nothing to learn
-    if not math.isfinite(loss):
-        raise UserError(f'the loss became {loss} at step {self.state.step + 1}: lower lr or raise warmup')
+    self.check('loss', loss, batch)
     norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))
+    if not self.accelerator.scaler: self.check('gradient', norm, batch)          # a scaler passes over such steps itself
     self.optimizer.step()
     self.optimizer.zero_grad()
     if self.ema: self.ema.update(self.state.step)
@@ -131,6 +141,7 @@ def save(self: Trainer):
         save_tensors(new/'model.safetensors', learned_state(self.model))
         save_tensors(new/'optimizer.safetensors', optimizer_tensors(self.optimizer))
         if self.ema: save_tensors(new/'ema.safetensors', learned_state(self.ema.model))
+        write_history(new/'history.jsonl', self.history)
         write_json(new/'state.json', {'state': asdict(self.state), 'config': asdict(self.config), 'scaler':
                                       self.accelerator.scaler and self.accelerator.scaler.state_dict()})
 
@@ -138,9 +149,10 @@ def save(self: Trainer):
 def kept_state(
     folder: Path,         # of a run
     config: TrainConfig,  # with which it is to go on
-) -> tuple:               # `TrainState`, and the state of the loss scaler or None
+    say=aside,            # called with a line where the state before the last has to do
+) -> tuple:               # folder with the state, `TrainState`, and the state of the loss scaler or None
     "Where a run stopped. Raises `UserError` where that is missing, broken or of another configuration."
-    last = recover_folder(folder/'last')
+    last = whole_folder(folder/'last', say)
     if not last.is_dir(): raise UserError(f'nothing to resume: {last} is not there; train without resuming')
     kept, now, new = read_json(last/'state.json'), asdict(config), asdict(type(config)())   # new: settings since then
     try: state, before, scaler = TrainState(**kept['state']), new | kept['config'], kept['scaler']
@@ -149,18 +161,19 @@ def kept_state(
         if now.get(k) != before.get(k):
             raise UserError(f'cannot resume {folder}: it was begun with {k}={before.get(k)!r}, not {now.get(k)!r}'
                             '; for other settings, begin a new run that starts from this one (init)')
-    return state, scaler
+    return last, state, scaler
 
 @patch
 def load(self: Trainer):
     "Go back to what `last/` holds. Raises `UserError` where that does not fit."
-    (state, scaler), last = kept_state(self.folder, self.config), self.folder/'last'
+    last, state, scaler = kept_state(self.folder, self.config)
     load_learned(self.model, load_tensors(last/'model.safetensors'), last/'model.safetensors')
     if self.ema: load_learned(self.ema.model, load_tensors(last/'ema.safetensors'), last/'ema.safetensors')
     load_optimizer(self.optimizer, load_tensors(last/'optimizer.safetensors'))
     if self.accelerator.scaler and scaler: self.accelerator.scaler.load_state_dict(scaler)
     self.state, self.started = state, time.monotonic()
-    self.history = [r for r in read_history(self.folder/'history.jsonl') if r['epoch'] <= state.epoch]
+    history = next(p for p in (last/'history.jsonl', self.folder/'history.jsonl') if p.exists() or p.parent != last)
+    self.history = [r for r in read_history(history) if r['epoch'] <= state.epoch]
 
 # %% ../nbs/10_training.ipynb #9506cc92
 @patch
@@ -180,6 +193,7 @@ def batches(self: Trainer):
 def close_epoch(self: Trainer, dev: dict):
     "Take note of an epoch: history, best model, last state, and whether it is enough."
     s, config = self.state, self.config
+    self.check('validation loss', dev['loss'])
     s.epoch += 1
     row = {'epoch': s.epoch, 'step': s.step, 'lr': s.lr, **{f'train_{k}': v for k, v in means(s.sums).items()},
            **{f'dev_{k}': v for k, v in dev.items()}, 'seconds': round(self.elapsed(), 1)}
@@ -206,8 +220,14 @@ def fit(self: Trainer,
     resume: bool = False,  # go on from `last/`
 ) -> list:                 # the history: one dictionary per epoch
     "Train. Raises `Interrupted` after Ctrl-C."
-    if resume: self.load()
-    elif self.folder: check_free(self.folder)
+    with only_one(self.folder) if self.folder and self.team.leads else nullcontext():
+        if resume: self.load()
+        elif self.folder: check_free(self.folder)
+        return self.run()
+
+@patch
+def run(self: Trainer) -> list:
+    "All epochs that are left; the history."
     self.team.wait()
     keep_memory()
     self.started = time.monotonic()

@@ -19,6 +19,7 @@ from multimodal.captioner import Captioner
 from multimodal.core import UserError, set_seed
 from multimodal.dataloaders import Batch, CaptionDataset, make_loader
 from multimodal.datasets import CaptionData, load_dataset, read_flickr8k
+from multimodal.durable import SUMS
 from multimodal.encoder import ImageTransform
 from multimodal.generate import GenerateConfig
 from multimodal.recipe import RunConfig, caption_loss, hide_words, make_loaders, run_config
@@ -49,9 +50,15 @@ def trained(data, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(trained, tmp_path):
-    shutil.copytree(trained, tmp_path/'run')
-    return tmp_path/'run'
+def sealed(trained, tmp_path): return Path(shutil.copytree(trained, tmp_path/'run'))
+
+
+@pytest.fixture
+def copy(sealed):
+    "As from before there were checksums and the state before the last."
+    for path in sealed.rglob(SUMS): path.unlink()
+    for path in sealed.glob('.*.before'): shutil.rmtree(path)
+    return sealed
 
 
 def same_weights(a, b):
@@ -192,9 +199,12 @@ def test_cached_features_and_pixels_give_the_same_loss(data, tmp_path):
 
 def test_the_run_folder_holds_what_it_promises_and_no_pickles(trained, data):
     files = {str(p.relative_to(trained)) for p in trained.rglob('*') if p.is_file()}
-    assert files == {'config.json', 'vocab.json', 'history.jsonl', 'best/model.safetensors', 'best/config.json',
-                     'best/vocab.json', 'last/model.safetensors', 'last/optimizer.safetensors', 'last/ema.safetensors',
-                     'last/state.json'}
+    best = {'model.safetensors', 'config.json', 'vocab.json', SUMS}
+    last = {'model.safetensors', 'optimizer.safetensors', 'ema.safetensors', 'history.jsonl', 'state.json', SUMS}
+    before = {p for p in files if p.startswith(('.best.before/', '.last.before/'))}
+    assert files - before == {'config.json', 'vocab.json', SUMS, 'history.jsonl', '.lock', *(f'best/{p}' for p in best),
+                              *(f'last/{p}' for p in last)}
+    assert {p for p in before if '.last' in p} == {f'.last.before/{p}' for p in last}
     kept = json.loads((trained/'config.json').read_text())
     assert kept.pop('task') == 'caption' and run_config(kept) == SMALL
     run = load_run(trained, device='cpu')
@@ -310,6 +320,26 @@ def test_a_half_written_run_is_one_clear_line(copy, name, harm):
     else: path.write_bytes(path.read_bytes()[:30] if harm == 'cut' else b'[1, 2]')
     with pytest.raises(UserError) as e: load_run(copy)
     assert '\n' not in str(e.value) and str(copy) in str(e.value) and len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize('name', ['config.json', 'vocab.json', 'best/config.json', 'best/vocab.json', 'best/model.safetensors',
+                                  'best/SHA256SUMS', 'SHA256SUMS'])
+@pytest.mark.parametrize('harm', ['flip', 'cut', 'gone'])
+def test_a_spoilt_run_is_noticed_and_the_best_before_is_taken(sealed, capsys, name, harm):
+    if harm == 'gone' and name.endswith(SUMS): pytest.skip('such a run is from before there were checksums')
+    path, before = sealed/name, {k: v.clone() for k, v in load_run(sealed).model.state_dict().items()}
+    data = path.read_bytes()
+    if harm == 'gone': path.unlink()
+    else: path.write_bytes(data[:-1] if harm == 'cut' else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    if not name.startswith('best'):
+        with pytest.raises(UserError) as e: load_run(sealed)
+        assert '\n' not in str(e.value) and str(path.parent) in str(e.value)
+        return
+    run = load_run(sealed)
+    assert f'{path} ' in (said := capsys.readouterr().err) and 'taking the state before it' in said
+    assert any(not torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+    shutil.rmtree(sealed/'.best.before')
+    with pytest.raises(UserError, match='no state before it is whole'): load_run(sealed)
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(copy, data):

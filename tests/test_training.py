@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from multimodal.checkpoint import atomic_folder, load_tensors, read_history, recover_folder, save_tensors
+from multimodal.checkpoint import load_tensors, read_history, save_tensors
 from multimodal.core import UserError
+from multimodal.durable import SUMS, atomic_folder, recover_folder
 from multimodal.muon import Muon, make_optimizer, orthogonal
 from multimodal.optim import Ema, TrainConfig, add_sums, choose_precision, means, param_groups, schedule
 from multimodal.products import Linear, multiply, permit, stays_exact
@@ -132,6 +133,7 @@ def test_a_run_from_before_there_was_a_choice_of_optimizer_resumes(tmp_path, str
     kept = json.loads(path.read_text())
     del kept['config']['optimizer']
     path.write_text(json.dumps(kept))
+    path.with_name(SUMS).unlink()                                   # nor were there checksums
     resumed = trainer(tmp_path/'run')
     resumed.fit(resume=True)
     assert_same(facts(resumed), straight)
@@ -231,7 +233,7 @@ def test_disk_full_loses_nothing(tmp_path, straight):
     try:
         with pytest.raises(UserError, match='what was saved before is still whole'): t.fit()
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not [p for p in (tmp_path/'run').iterdir() if p.name.startswith('.')]
+    assert {p.name for p in (tmp_path/'run').iterdir()} == {'.lock', 'history.jsonl', 'last', 'best'}
     again = trainer(tmp_path/'run')
     again.fit(resume=True)
     assert_same(facts(again), straight)
@@ -255,6 +257,7 @@ def test_a_state_of_another_model_or_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match='lr=0.01, not 0.5'): trainer(tmp_path/'run', config=replace(CONFIG, lr=0.5)).fit(True)
     state = tmp_path/'run'/'last'/'state.json'
     kept = json.loads(state.read_text())
+    state.with_name(SUMS).unlink()
     state.write_text(json.dumps({**kept, 'state': {**kept['state'], 'stepp': 1}}))
     with pytest.raises(UserError, match='state.json is not the state of a run'): trainer(tmp_path/'run').fit(True)
     state.write_text(json.dumps(kept))
@@ -278,6 +281,7 @@ def test_a_setting_newer_than_the_run_was_at_its_default_then(tmp_path):
     kept = json.loads(path.read_text())
     del kept['config']['patience']
     path.write_text(json.dumps(kept))
+    path.with_name(SUMS).unlink()
     assert trainer(tmp_path/'run', config).fit(resume=True) == read_history(tmp_path/'run'/'history.jsonl')
     with pytest.raises(UserError, match='patience=0, not 2'):
         trainer(tmp_path/'run', replace(config, patience=2)).fit(resume=True)
@@ -521,7 +525,8 @@ def test_a_folder_is_exchanged_whole_or_not_at_all(tmp_path):
         with atomic_folder(tmp_path/'a'/'b') as new:
             (new/'f').write_text('three')
             raise KeyboardInterrupt
-    assert (tmp_path/'a'/'b'/'f').read_text() == 'two' and len(list((tmp_path/'a').iterdir())) == 1
+    assert (tmp_path/'a'/'b'/'f').read_text() == 'two' and {p.name for p in (tmp_path/'a').iterdir()} == {'b', '.b.before'}
+    assert (tmp_path/'a'/'.b.before'/'f').read_text() == 'one'
     (tmp_path/'file').write_text('')
     with pytest.raises(UserError, match='cannot write'):
         with atomic_folder(tmp_path/'file'/'b'): pass
