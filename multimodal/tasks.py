@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'TrainedRun', 'keep_model', 'say_skipped', 'checked_loaders', 'train_run', 'make_trainer', 'prepare',
-           'first_model', 'write_recipe', 'start_from', 'read_task', 'read_config', 'open_run', 'ship']
+           'first_model', 'write_recipe', 'start_from', 'read_task', 'read_config', 'open_run', 'history_of', 'ship']
 
 # %% ../nbs/10b_tasks.ipynb #c3ff9007
 import copy
@@ -179,7 +179,13 @@ def open_run(
     model, vocab = task.load(best, weights)
     if Vocab.load(run/'vocab.json').fingerprint() != vocab.fingerprint():
         raise UserError(f'{run}/vocab.json is not the vocabulary that the weights in best/ were trained with')
-    return task.run(run, config, model.to(get_device(device)), vocab, read_history(run/'history.jsonl'))
+    return task.run(run, config, model.to(get_device(device)), vocab, history_of(run))
+
+def history_of(run: Path) -> list:
+    "The history beside the last state, where its checksum is right, or else the one for people"
+    last = run/'last'
+    sure = (last/'history.jsonl').exists() and damage(last, 'history.jsonl') is None
+    return read_history((last if sure else run)/'history.jsonl')
 
 # %% ../nbs/10b_tasks.ipynb #f07fcc50
 def ship(

@@ -94,9 +94,10 @@ def gradients(self: Trainer, batch) -> tuple:  # sum of losses, number of items,
 def check(self: Trainer, what: str, value: float, batch=None):
     "Raise `UserError` where a value is no number any more: what is on disk stays as it was"
     if math.isfinite(value): return
+    when = f'at step {self.state.step + 1}' if batch is not None else f'after step {self.state.step}'
     names = ', '.join(getattr(batch, 'names', ()))
-    raise UserError(f'the {what} became {value} at step {self.state.step + 1}{" with " if names else ""}{names}; '
-                    'lower lr or raise warmup' + '; the state saved last is whole'*bool(self.folder))
+    raise UserError(f'the {what} became {value} {when}{" with " if names else ""}{names}; lower lr or raise warmup'
+                    + '; the state saved last is whole'*bool(self.folder))
 
 @patch
 def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch
