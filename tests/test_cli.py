@@ -403,6 +403,8 @@ def test_neighbours_choose(run, home, tmp_path, capsys, monkeypatch):
     assert said()['loss'] == said(neighbours=True)['loss']
     config = json.loads((mine/'config.json').read_text())
     (mine/'config.json').write_text(json.dumps({**config, 'data': str(tmp_path/'gone')}))
+    assert f'remove {mine}/SHA256SUMS' in mistake(capsys, mm_caption, shown, run=str(mine), neighbours=True, device='cpu')
+    (mine/'SHA256SUMS').unlink()                                             # changed on purpose
     assert ask(neighbours=True) == asked                                     # they are kept
     assert [r['image'] for r in ask(neighbours=True, draws=3)] == [r['image'] for r in asked]
     assert 'add --neighbours' in mistake(capsys, mm_caption, shown, run=str(mine), draws=3, device='cpu')

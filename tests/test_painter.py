@@ -486,6 +486,7 @@ def test_a_painter_of_photos_leaves_out_words_and_says_so(run, tmp_path):
     folder = shutil.copytree(run, tmp_path/'photos')
     config = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text(json.dumps(config | {'data': 'data/flickr8k'}))
+    (folder/'SHA256SUMS').unlink()
     status, said, err = draw('red zebra', '--run', folder, '--out', tmp_path/'a.png', '--json')
     assert status == 0 and json.loads(said)['sentence'] == 'red zebra' and 'all read as one unknown word: zebra' in err
     status, said, err = draw('zebra', '--run', folder, '--out', tmp_path/'b.png')
