@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'learned_state', 'load_learned', 'save_learned', 'optimizer_tensors', 'load_optimizer',
-           'check_free', 'write_history', 'read_history', 'describe_epoch', 'plot_history', 'StopRequest',
-           'Interrupted']
+           'TrainState', 'kept_state', 'check_free', 'write_history', 'read_history', 'describe_epoch', 'plot_history',
+           'StopRequest', 'Interrupted']
 
 # %% ../nbs/09c_checkpoint.ipynb #de805d13
 import json, os, signal, threading
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .core import UserError, atomic_write, place
+from .core import UserError, aside, atomic_write, place, read_json
+from .durable import whole_folder
+from .optim import TrainConfig
 
 # %% ../nbs/09c_checkpoint.ipynb #4c6aa268
 def save_tensors(
@@ -86,6 +88,37 @@ def load_optimizer(
             raise UserError(f'the optimizer\'s {name} does not belong to this model: is the file of another run?')
         state.setdefault(int(i), {})[what] = t
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
+
+# %% ../nbs/09c_checkpoint.ipynb #578870e6
+@dataclass
+class TrainState:
+    "Where a run stands."
+    step: int = 0                             # steps taken
+    epoch: int = 0                            # epochs finished
+    best: float | None = None                 # lowest validation loss
+    stale: int = 0                            # epochs since then
+    seconds: float = 0.0                      # time spent
+    lr: float = 0.0                           # of the last step
+    finished: bool = False
+    sums: dict = field(default_factory=dict)  # of the epoch in hand
+
+# %% ../nbs/09c_checkpoint.ipynb #fdbe62b4
+def kept_state(
+    folder: Path,         # of a run
+    config: TrainConfig,  # with which it is to go on
+    say=aside,            # called with a line where the state before the last has to do
+) -> tuple:               # folder with the state, `TrainState`, and the state of the loss scaler or None
+    "Where a run stopped. Raises `UserError` where that is missing, broken or of another configuration."
+    last = whole_folder(folder/'last', say)
+    if not last.is_dir(): raise UserError(f'nothing to resume: {last} is not there; train without resuming')
+    kept, now, new = read_json(last/'state.json'), asdict(config), asdict(type(config)())   # new: settings since then
+    try: state, before, scaler = TrainState(**kept['state']), new | kept['config'], kept['scaler']
+    except (KeyError, TypeError) as e: raise UserError(f'{last}/state.json is not the state of a run ({e})') from None
+    for k in sorted(now.keys() | before.keys()):
+        if now.get(k) != before.get(k):
+            raise UserError(f'cannot resume {folder}: it was begun with {k}={before.get(k)!r}, not {now.get(k)!r}'
+                            '; for other settings, begin a new run that starts from this one (init)')
+    return last, state, scaler
 
 # %% ../nbs/09c_checkpoint.ipynb #eef62030
 def check_free(

@@ -161,6 +161,7 @@ def flush(
         try: os.fsync(handle)
         finally: os.close(handle)
 
+# %% ../nbs/00_core.ipynb #643b029b
 @contextlib.contextmanager
 def atomic_write(
     path: str|Path, # file to write, in a folder that is made if need be
@@ -183,6 +184,7 @@ def atomic_write(
     finally:
         if beside is not None: beside.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #c5d0edae
 def current_umask() -> int: # permission bits that new files go without
     "The rights that files of this process are made without"
     mask = os.umask(0)

@@ -43,10 +43,12 @@ def seal(
 ):
     "Note the checksums of files beside them"
     folder = Path(folder)
-    found = names or sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file() and p.name != SUMS)
+    there = (p for p in folder.rglob('*') if p.is_file() and p.name != SUMS)
+    found = names or sorted(p.relative_to(folder).as_posix() for p in there)
     lines = [f'{checksum_of(folder/name)}  {name}\n' for name in found] + [f'# {len(found)} files\n']
     with atomic_write(folder/SUMS) as new: new.write_text(''.join(lines), encoding='utf-8', newline='\n')
 
+# %% ../nbs/09a_durable.ipynb #30b6a92a
 def damage(
     folder: Path,
     *only: str,   # files to look at; none: all

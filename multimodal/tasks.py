@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 import torch
-from .checkpoint import check_free, read_history, write_history
+from .checkpoint import check_free, kept_state, read_history, write_history
 from .core import UserError, aside, get_device, place, read_json, set_seed, write_json
 from .dataloaders import CaptionDataset
 from .datasets import CaptionData
@@ -24,7 +24,7 @@ from .recipe import DataConfig, make_loaders, run_config
 from .saving import save_model, stored_tensors
 from .text import Vocab
 from .threads import keep_memory
-from .training import Trainer, kept_state
+from .training import Trainer
 from .views import left_out_line
 
 # %% ../nbs/10b_tasks.ipynb #b8bf2f7a
@@ -85,6 +85,7 @@ def train_run(
         trainer.fit(resume)
     return open_run(task, run, device=device)
 
+# %% ../nbs/10b_tasks.ipynb #000e83f2
 def make_trainer(task, data, run, config, vocab, resume, cache, device, say) -> Trainer:
     "All that is to learn together: the model as it begins, its batches, its loss."
     model = first_model(task, config, vocab, device)
