@@ -106,7 +106,8 @@ def atomic_folder(
     except (OSError, SafetensorError, UserError) as e:
         with suppress(OSError): recover_folder(folder)
         if isinstance(e, UserError) and not isinstance(e.__cause__, OSError): raise
-        raise UserError(f'cannot write {folder}: {reason(e.__cause__ or e)}; what was saved before is still whole') from e
+        why = reason(e.__cause__ or e)
+        raise UserError(f'cannot write {folder}: {why}; what was saved before is still whole') from e
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../nbs/09a_durable.ipynb #619399a4
