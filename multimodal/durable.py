@@ -115,7 +115,7 @@ def atomic_folder(
 def only_one(
     folder: Path,  # of a run; made if need be
 ):
-    "Within `with`, no other process gets into this folder by `only_one`. Raises `UserError` where one is there already."
+    "Within `with`, no other process gets into this folder in this way. Raises `UserError` where one is there already."
     folder = Path(folder)
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     lock = FileLock(folder/'.lock', is_singleton=True)
