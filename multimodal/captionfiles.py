@@ -98,15 +98,18 @@ def coco_rows(
     path: Path, # such as `captions_train2014.json`
     skipped: Counter, # counts of what was left out, added to here
 ) -> tuple[list[str], list[tuple]]: # names of the photos, and (photo, number, caption)
-    "Photos and captions of one file of COCO; raises `UserError` when it has another form"
+    "Photos and captions of one file of COCO; raises `UserError` when it has another form, or one id for two photos"
     found, name_of, rows = read_json(path), {}, []
     for kind in ('images', 'annotations'):
         if not isinstance(found, dict) or not isinstance(found.get(kind), list):
             raise UserError(f'{path}: no list {kind!r} there, so these are not captions as COCO has them')
         for record in found[kind]:
             try:
-                if kind == 'images': name_of[record['id']] = record['file_name'] + ''
-                else: rows.append((name_of[record['image_id']], record.get('id'), record['caption'] + ''))
+                photo = record['id' if kind == 'images' else 'image_id']
+                if type(photo) not in (int, str): raise TypeError                    # True == 1 == 1.0
+                if kind == 'annotations': rows.append((name_of[photo], record.get('id'), record['caption'] + ''))
+                elif (name := record['file_name'] + '') != name_of.setdefault(photo, name):
+                    raise UserError(f'{path}: image {photo!r} is both {name_of[photo]!r} and {name!r}')
             except (KeyError, TypeError, AttributeError): skipped['broken record'] += 1
     return list(name_of.values()), rows
 
