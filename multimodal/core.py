@@ -109,6 +109,8 @@ def load_image(
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(path) as photo:
                 if photo.format == 'EPS': raise OSError('a PostScript drawing')     # which a program would run
+                again = photo.info.get('progressive') and Path(path).read_bytes().count(b'\xff\xda')
+                if again and again > 1000: raise OSError('a JPEG of more than 1,000 scans')
                 photo.load()
                 return in_srgb(ImageOps.exif_transpose(photo))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -219,6 +221,7 @@ def write_json(
     text = json.dumps(obj, indent=1, ensure_ascii=False)
     with atomic_write(path) as beside: beside.write_text(text + '\n', encoding='utf-8')
 
+# %% ../nbs/00_core.ipynb #9b7b34de
 def once(
     pairs: list, # (name, value), of an object in JSON
 ) -> dict:

@@ -9,6 +9,7 @@ stand in tests/test_strangers.py.
 A reading is right where every pair of photo and caption that comes out stands so in the file that went in, found there by code
 that shares nothing with the readers."""
 import argparse
+import faulthandler
 import io
 import json
 import os
@@ -41,15 +42,20 @@ with atheris.instrument_imports(include=['multimodal.captionfiles', 'multimodal.
 HANG = 10                                      # seconds after which a file hangs us
 
 
+class Hang(BaseException): "No `except Exception` takes it for something else"
+
+
 @contextmanager
 def patience(seconds=HANG):
-    "Raises `TimeoutError` where it takes longer"
-    def late(*_): raise TimeoutError(f'took more than {seconds} s')
+    "Raises `Hang` where it takes longer; where no line of Python is reached any more, the process ends and says where"
+    def late(*_): raise Hang(f'took more than {seconds} s')
+    faulthandler.dump_traceback_later(6*seconds, exit=True)
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try: yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
 
 
@@ -371,6 +377,116 @@ def readers(which, minutes, corpus=None):
             'corpus': len(list(home.iterdir())), 'peak_mb': stat('peak_rss_mb'), 'crashes': 0, 'hangs': 0, 'mixed_up': 0}
 
 
+# --- photos
+
+def profile_of(red, green, blue, gamma):
+    "A profile (ICC, version 2) of a screen with these primaries, as X, Y and Z under D50 each"
+    s15 = lambda v: struct.pack('>i', round(v*65536))
+    xyz = lambda v: b'XYZ \0\0\0\0' + b''.join(map(s15, v))
+    name = b'Wide\0'
+    tags = {b'desc': b'desc\0\0\0\0' + struct.pack('>I', len(name)) + name + bytes(78), b'cprt': b'text\0\0\0\0none\0',
+            b'wtpt': xyz((.9642, 1, .8249)), b'rXYZ': xyz(red), b'gXYZ': xyz(green), b'bXYZ': xyz(blue),
+            **{k: b'curv\0\0\0\0' + struct.pack('>IH', 1, round(gamma*256)) for k in (b'rTRC', b'gTRC', b'bTRC')}}
+    table, body, start = struct.pack('>I', len(tags)), b'', 132 + 12*len(tags)
+    for tag, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += tag + struct.pack('>II', start + len(body), len(data))
+        body += data
+    head = struct.pack('>I4sI4s4s4s', start + len(body), b'none', 0x02100000, b'mntr', b'RGB ', b'XYZ ') + bytes(12) + b'acsp'
+    return (head + bytes(28) + struct.pack('>iii', 63190, 65536, 54061)).ljust(128, b'\0') + table + body
+
+
+ADOBE = profile_of((.60974, .31111, .01947), (.20528, .62567, .06087), (.14919, .06322, .74457), 2.19921875)
+
+
+def seeds():
+    "Small photos of all kinds of JPEG and PNG, with notes and profiles"
+    from PIL import Image
+    wave = Image.radial_gradient('L').resize((48, 40))
+    rgb = Image.merge('RGB', (wave, wave.transpose(Image.Transpose.FLIP_LEFT_RIGHT), Image.linear_gradient('L').resize((48, 40))))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010e] = 'a note'
+    ways = [('JPEG', rgb, {}), ('JPEG', rgb, dict(progressive=True, quality=90)), ('JPEG', wave, dict(optimize=True)),
+            ('JPEG', rgb.convert('CMYK'), {}), ('JPEG', rgb, dict(exif=exif, icc_profile=ADOBE, subsampling=0)),
+            ('PNG', rgb, {}), ('PNG', rgb.convert('P'), dict(transparency=3)), ('PNG', rgb.convert('RGBA'), {}), ('PNG', wave.convert('1'), {}),
+            ('PNG', wave.convert('I').point(lambda v: v*257 + 0).convert('I;16'), {}),
+            ('PNG', rgb, dict(icc_profile=ADOBE, exif=exif)),
+            ('PNG', rgb, dict(save_all=True, append_images=[rgb.rotate(90)]))]
+    found = []
+    for kind, image, how in ways:
+        image.save(file := io.BytesIO(), kind, **how)
+        found.append((kind, file.getvalue()))
+    return found
+
+
+def parts_of(kind, raw):
+    "Where each segment of a JPEG, or each chunk of a PNG, begins and ends"
+    found, at = [], 2 if kind == 'JPEG' else 8
+    while at + 4 <= len(raw):
+        if kind == 'PNG': end = at + 12 + int.from_bytes(raw[at:at + 4], 'big')
+        elif raw[at + 1] == 0xda:                                          # a scan goes on to the next marker
+            end = at + 2
+            while end + 1 < len(raw) and not (raw[end] == 0xff and raw[end + 1] not in (0, *range(0xd0, 0xd8))): end += 1
+        else: end = at + 2 + int.from_bytes(raw[at + 2:at + 4], 'big')
+        found.append((at, min(end, len(raw))))
+        at = end
+    return found
+
+
+def mutated_photo(kind, raw, rng):
+    "Bits, bytes, segments, lengths and sizes go wrong; half of the PNGs get checksums that are right again"
+    raw, parts = bytearray(raw), parts_of(kind, raw)
+    for _ in range(rng.randint(1, 4)):
+        what, (a, b) = rng.randrange(8), rng.choice(parts)
+        at = rng.randrange(len(raw))
+        if what == 0: raw[at] ^= 1 << rng.randrange(8)
+        elif what == 1: raw[at:at + rng.randint(1, 8)] = rng.randbytes(rng.randint(1, 8))
+        elif what == 2: del raw[a:b]
+        elif what == 3: raw[b:b] = raw[a:b]*rng.choice((1, 1, 1, 20, 200))
+        elif what == 4: raw[a + 2*(kind == 'JPEG'):a + 4] = rng.randbytes(2 if kind == 'JPEG' else 4)
+        elif what == 5: raw[a + 4:b] = rng.randbytes(max(0, min(b - a - 4, 400)))
+        elif what == 6: del raw[at:]
+        elif what == 7:                                                    # the size that it claims
+            mark = raw.find(b'\xff\xc0') if kind == 'JPEG' else raw.find(b'IHDR') - 1
+            if mark >= 0: raw[mark + 5:mark + (9 if kind == 'JPEG' else 13)] = b''.join(
+                rng.choice((0, 1, 48, 3000, 9000, 30_000, 65_535)).to_bytes(2 if kind == 'JPEG' else 4, 'big') for _ in range(2))
+        if len(raw) < 20: break
+    if kind == 'PNG' and rng.random() < .5:
+        at = 8
+        while at + 12 <= len(raw):
+            n = int.from_bytes(raw[at:at + 4], 'big')
+            if at + 12 + n > len(raw): break
+            raw[at + 8 + n:at + 12 + n] = zlib.crc32(raw[at + 4:at + 8 + n]).to_bytes(4, 'big')
+            at += 12 + n
+    return bytes(raw)
+
+
+def check_photo(path):
+    "A photo in RGB, or one line that names the file; gives which"
+    with patience():
+        try: photo = load_image(path)
+        except UserError as error: return one_line(error, path)
+        assert photo.mode == 'RGB' and photo.width*photo.height > 0
+        photo.tobytes()
+    return photo
+
+
+def images(n, seed, seeds=seeds):
+    rng, root, read, start, slowest, good = random.Random(seed), Path(tempfile.mkdtemp(dir=fast_folder())), Counter(), time.time(), 0, seeds()
+    before = peak_mb()
+    try:
+        for i in range(n):
+            kind, raw = good[i % len(good)]
+            (root/'a.jpg').write_bytes(mutated_photo(kind, raw, rng))
+            began = time.time()
+            read[f'{kind}_{"read" if check_photo(root/"a.jpg") else "refused_in_one_line"}'] += 1
+            slowest = max(slowest, time.time() - began)
+    finally: shutil.rmtree(root)
+    return {'files': n, 'seed': seed, **dict(sorted(read.items())), 'crashes': 0, 'hangs': 0, 'slowest_seconds': round(slowest, 2),
+            'peak_mb': peak_mb(), 'peak_mb_before': before, 'seconds': round(time.time() - start)}
+
+
 # --- the command line
 
 def keep(out, name, found):
@@ -394,6 +510,7 @@ def main():
     parser.add_argument('--out')
     a = parser.parse_args()
     if a.what == 'captions': keep(a.out, 'captions', captions(a.n, a.seed))
+    if a.what == 'images': keep(a.out, 'images', images(a.n, a.seed))
     if a.what == 'readers': keep(a.out, f'guided_{a.which}', readers(a.which, a.minutes, a.corpus))
 
 
