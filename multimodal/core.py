@@ -109,8 +109,8 @@ def load_image(
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(path) as photo:
                 if photo.format == 'EPS': raise OSError('a PostScript drawing')     # which a program would run
-                again = photo.info.get('progressive') and Path(path).read_bytes().count(b'\xff\xda')
-                if again and again > 1000: raise OSError('a JPEG of more than 1,000 scans')
+                if photo.info.get('progressive') and Path(path).read_bytes().count(b'\xff\xda') > 1000:
+                    raise OSError('a JPEG of more than 1,000 scans')
                 photo.load()
                 return in_srgb(ImageOps.exif_transpose(photo))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -226,9 +226,8 @@ def once(
     pairs: list, # (name, value), of an object in JSON
 ) -> dict:
     "The object; raises `UserError` where a name comes twice"
-    found, seen = dict(pairs), set()
-    if len(found) == len(pairs): return found
-    twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+    if len(found := dict(pairs)) == len(pairs): return found
+    twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
     raise UserError(f'{twice!r} comes twice in one object; leave one of them')
 
 def read_json(
@@ -241,6 +240,6 @@ def read_json(
     except UnicodeDecodeError: raise UserError(f'{path}: not text in UTF-8, so not JSON') from None
     except json.JSONDecodeError as error:
         raise UserError(f'{path}: not JSON, line {error.lineno}: {error.msg}') from None
-    except UserError as error: raise UserError(f'{path}: {error}') from None
-    except ValueError: raise UserError(f'{path}: a number of more than 4,300 digits') from None
+    except ValueError as error:
+        raise UserError(f'{path}: {error if type(error) is UserError else "a number of over 4,300 digits"}') from None
     except RecursionError: raise UserError(f'{path}: JSON nested too deeply') from None
