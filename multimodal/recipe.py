@@ -133,9 +133,10 @@ def run_config(
 ):                               # an instance of it
     "Check names and types. Raises `UserError` naming the key."
     if not isinstance(values, dict): raise UserError(f'{where} does not hold the settings of a run')
-    try: check_fields(kind, values)
+    try:
+        check_fields(kind, values)
+        return kind(**values)
     except UserError as e: raise UserError(f'{where}: {e}') from None
-    return kind(**values)
 
 # %% ../nbs/10a_recipe.ipynb #212dfc8d
 def hide_words(

@@ -104,6 +104,7 @@ def check_fields(
         most = 1e300 if float in kinds else 2**32 if k == 'seed' else 1_000_000
         if isinstance(v, (int, float)) and not abs(v) <= most:
             raise UserError(f'{k} must be a number up to {most:,}, not {reprlib.repr(v)}')
+        if isinstance(v, str) and len(v) > 4096: raise UserError(f'{k} must be a text of at most 4,096 characters')
 
 # %% ../nbs/07b_saving.ipynb #49b961ea
 def config_from(
@@ -137,7 +138,9 @@ def check_sketch(
         if getattr(config, name, 0) > len(shapes):
             raise UserError(f'{path}: has {len(shapes)} tensors, and config.json {name} {getattr(config, name):,}')
     plain = replace(config, encoder=replace(config.encoder, weights='none')) if hasattr(config, 'encoder') else config
-    with torch.device('meta'): sketch = kind(plain)
+    try:
+        with torch.device('meta'): sketch = kind(plain)
+    except UserError as e: raise UserError(f'{Path(path).with_name("config.json")}: {e}') from None
     sketch.config = config
     check_fit(sketch, shapes, path)
 

@@ -116,7 +116,7 @@ def all_pairs(pairs):
     return dict(pairs)
 
 
-def same(a, b): return type(a) is type(b) and a == b
+def same(a, b): return type(a) is type(b) and repr(a) == repr(b)                        # NaN is not equal to itself
 
 
 def check_karpathy(path, raw):
@@ -288,6 +288,34 @@ def captions(n, seed):
             'crashes': 0, 'hangs': 0, 'mixed_up': 0, 'peak_mb': peak_mb(), 'seconds': round(time.time() - start)}
 
 
+def many_lines(n):
+    "Memory of a process of its own that reads Flickr8k's kind of file with `n` captions, and gathers them by photo"
+    root = Path(tempfile.mkdtemp(dir=fast_folder()))
+    try:
+        with open(root/'a.txt', 'w') as f:
+            for i in range(n): f.write(f'{i//5:012d}_photo.jpg#{i % 5}\tA dog number {i} runs over the green grass beside a river .\n')
+        r = subprocess.run([sys.executable, '-c', WEIGH, root/'a.txt'], capture_output=True, text=True, check=True)
+        size = (root/'a.txt').stat().st_size/2**20
+    finally: shutil.rmtree(root)
+    before, read, gathered, captions, seconds = map(float, r.stdout.split())
+    return {'lines': n, 'captions': int(captions), 'file_mb': round(size, 1), 'grown_mb': round(gathered - before, 1),
+            'grown_per_byte': round((gathered - before)/size, 2), 'peak_mb': round(gathered), 'seconds': round(seconds, 1)}
+
+
+WEIGH = """
+import resource, sys, time
+from collections import Counter
+from pathlib import Path
+from multimodal.captionfiles import official_row, read_rows
+from multimodal.datasets import gather_captions
+mb = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+before, start = mb(), time.time()
+rows = read_rows(Path(sys.argv[1]), official_row, 'form', Counter())
+read, captions = mb(), gather_captions(rows, Counter())
+print(before, read, mb(), sum(map(len, captions.values())), time.time() - start)
+"""
+
+
 def fast_folder(): return '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
 
 
@@ -297,7 +325,7 @@ def grown_json(p, depth=0):
     "JSON in the shape of a caption file, as far as the bytes go"
     kind = p.ConsumeIntInRange(0, 9)
     if kind < 3 and depth < 5:
-        keys = ('images', 'annotations', 'id', 'image_id', 'file_name', 'filename', 'caption', 'raw', 'split', 'sentences', 'sentid')
+        keys = ['images', 'annotations', 'id', 'image_id', 'file_name', 'filename', 'caption', 'raw', 'split', 'sentences', 'sentid']
         return '{' + ','.join(f'{json.dumps(p.PickValueInList(keys))}:{grown_json(p, depth + 1)}' for _ in range(p.ConsumeIntInRange(0, 5))) + '}'
     if kind < 5 and depth < 5: return '[' + ','.join(grown_json(p, depth + 1) for _ in range(p.ConsumeIntInRange(0, 4))) + ']'
     if kind == 5: return p.PickValueInList(['0', '1', '1.0', 'true', 'null', 'NaN', '1e400', '-0', '"0"', '"1"'])
@@ -511,6 +539,7 @@ def main():
     a = parser.parse_args()
     if a.what == 'captions': keep(a.out, 'captions', captions(a.n, a.seed))
     if a.what == 'images': keep(a.out, 'images', images(a.n, a.seed))
+    if a.what == 'million': keep(a.out, 'a_million_lines', many_lines(1_000_000))
     if a.what == 'readers': keep(a.out, f'guided_{a.which}', readers(a.which, a.minutes, a.corpus))
 
 
