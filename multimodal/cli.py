@@ -172,7 +172,7 @@ def mm_caption(
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)
-    for r in rows: print(visible(', '.join([f'{r["image"]}: {r["caption"]}', *([str(r['figure'])] if explain else [])])))
+    for r in rows: print(visible(f'{r["image"]}: {r["caption"]}' + (f', {r["figure"]}' if explain else '')))
 
 # %% ../nbs/40_cli.ipynb #159f0e96
 @command

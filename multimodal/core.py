@@ -94,7 +94,7 @@ def in_srgb(
         if mode != inside or 'sRGB' in (profile.profile.profile_description or ''): return plain
         photo = photo if mode == 'CMYK' else plain.convert(mode)
         return ImageCms.profileToProfile(photo, profile, ImageCms.createProfile('sRGB'), outputMode='RGB')
-    except (KeyError, TypeError, ValueError, OSError, ImageCms.PyCMSError): return plain
+    except (KeyError, TypeError, ValueError, OSError, ImportError, ImageCms.PyCMSError): return plain
 
 # %% ../nbs/00_core.ipynb #4d93609d
 def load_image(

@@ -36,7 +36,7 @@ if GUIDED:
     for hook in 'RegEx', 'str': atheris.enabled_hooks.add(hook)
 with atheris.instrument_imports(include=['multimodal.captionfiles', 'multimodal.datasets', 'multimodal.core']) if GUIDED else nullcontext():
     from multimodal.captionfiles import coco_rows, flickr30k_row, kaggle_row, karpathy_rows, official_row, read_rows
-    from multimodal.core import UserError, load_image, read_json
+    from multimodal.core import UserError, load_image
     from multimodal.datasets import load_dataset, read_split_lists
 
 HANG = 10                                      # seconds after which a file hangs us
