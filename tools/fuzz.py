@@ -190,7 +190,7 @@ def check_folder(root, layout, raw, raws):
         for caption in item.captions:
             if kind in ('karpathy', 'coco'): assert (name, caption) in told, (name, caption)
             else: assert any(of_photo(kind, line, name, caption) for line in lines_of(raw)), (name, caption)
-        if layout in ('Flickr8k.token.txt', 'captions.txt') and any(r.strip() for r in raws.values()):
+        if layout in ('Flickr8k.token.txt', 'captions.txt') and any(line.strip() for r in raws.values() for line in lines_of(r)):
             assert any(name == line.strip() for line in lines_of(raws[split])), (name, split)
     return data
 
