@@ -6,7 +6,7 @@
 __all__ = ['check_archive', 'our_disk', 'unpack', 'is_taken']
 
 # %% ../nbs/01c_archives.ipynb #9b4c6e5d
-import contextlib, os, shutil, stat, zipfile, zlib
+import contextlib, os, shutil, stat, struct, unicodedata, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from .core import UserError
 
@@ -27,8 +27,11 @@ def check_archive(
         if path.is_absolute() or '..' in path.parts or ':' in entry.filename or not path.parts:
             raise UserError(f'{name}: the entry {entry.filename!r} points outside the folder')
         if stat.S_ISLNK(entry.external_attr >> 16): raise UserError(f'{name}: the entry {entry.filename!r} is a link')
-        if path in seen: raise UserError(f'{name}: the entry {entry.filename!r} comes twice')
-        seen.add(path)
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f'{name}: the entry {entry.filename!r} is packed in an unusual way; pack it with deflate')
+        same = unicodedata.normalize('NFC', unicodedata.normalize('NFC', str(path)).casefold())
+        if same in seen: raise UserError(f'{name}: the entry {entry.filename!r} comes twice')
+        seen.add(same)
 
 # %% ../nbs/01c_archives.ipynb #20138271
 @contextlib.contextmanager
@@ -59,7 +62,8 @@ def unpack(
                 if root.exists(): root.rmdir()
                 os.replace(beside, root)
     except FileNotFoundError: raise UserError(f'{path}: no such file') from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except UserError: raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(f'{path}: not a whole zip archive that can be read ({error})') from None
     finally: shutil.rmtree(beside, ignore_errors=True)
     return root

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.script import Param
 
-from .core import UserError, list_images
+from .core import UserError, list_images, visible
 from .results import check_name, write_result
 from .terminal import (between_limits, command, few_shapes, home, is_drawn, open_data, pair_coco, pair_lines,
                                  print_json, quiet, say_left_out, say_what_is_missing, settings)
@@ -172,7 +172,7 @@ def mm_caption(
         rows = explain_photos(trained, photos, Path(explain), *how) if explain else trained.caption(photos, *how)
     say_left_out(broken, len(broken) + len(rows))
     if json: return print_json(rows)
-    for r in rows: print(f'{r["image"]}: {r["caption"]}', *([r['figure']] if explain else []), sep=', ')
+    for r in rows: print(visible(f'{r["image"]}: {r["caption"]}' + (f', {r["figure"]}' if explain else '')))
 
 # %% ../nbs/40_cli.ipynb #159f0e96
 @command
@@ -197,7 +197,7 @@ def mm_search(
         found = find_photos(finder, images, kept, sentence, k, sys.stderr.isatty())
         if sheet: contact_sheet(found, Path(sheet))
     if json: return print_json(found)
-    for r in found: print(f'{r["score"]:6.3f}  {r["image"]}')
+    for r in found: print(f'{r["score"]:6.3f}  {visible(r["image"])}')
     if sheet: print(f'look at {sheet}')
 
 # %% ../nbs/40_cli.ipynb #1a24f64a

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from .captionfiles import (coco_rows, find_file, flickr30k_row, kaggle_row, karpathy_rows, need_file,
                                      official_row, photos_below, read_lines, read_rows, still_packed)
-from .core import UserError
+from .core import UserError, visible
 
 # %% ../nbs/01_datasets.ipynb #d86c638d
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def put_in_split(
 ):
     "Note a photo's split; raises `UserError` when it stands in another one already"
     split = {'val': 'dev', 'validation': 'dev', 'restval': 'train'}.get(split, split)
-    if split_of.setdefault(photo, split) != split:
-        raise UserError(f'{where}: {photo} is in both {split_of[photo]} and {split}; a photo belongs to one split only')
+    if (first := split_of.setdefault(photo, split)) == split: return
+    both = visible(f'{photo} is in both {first} and {split}')
+    raise UserError(f'{where}: {both}; a photo belongs to one split only')
 
 def read_split_lists(
     root: Path, # folder that holds the lists, itself or in a folder within

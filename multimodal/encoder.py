@@ -7,20 +7,18 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'WAYS_OUT', 'MOUTHFUL', 'ImageTransf
            'read_weights', 'load_trunk', 'places', 'ImageEncoder']
 
 # %% ../nbs/04_encoder.ipynb #f985b13b
-import hashlib
+import hashlib, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
-from http.client import HTTPException
 from pickle import UnpicklingError
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from .core import UserError
+from .core import UserError, visible
 from .dropout import Dropout
 from .folding import Folding
 from .products import Linear
@@ -111,13 +109,16 @@ def read_weights(
     "The weights of a ResNet18; raises `UserError` with the ways out where there are none"
     from torchvision.models import ResNet18_Weights
     try:
-        if weights == 'imagenet': return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        if str(weights).endswith('.safetensors'): return load_file(weights)
-        return torch.load(weights, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, HTTPException, UnpicklingError, SafetensorError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                                     # what PyTorch wonders at in odd files
+            if weights == 'imagenet':
+                return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            if str(weights).endswith('.safetensors'): return load_file(weights)
+            return torch.load(weights, map_location='cpu', weights_only=True)
+    except Exception as e:                                                      # PyTorch raises all kinds of errors
         named = f'cannot read weights {weights}'
         what = 'the ImageNet weights cannot be downloaded' if weights == 'imagenet' else named
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        reason = visible((str(e).splitlines() or [type(e).__name__])[0])
         if isinstance(e, UnpicklingError): reason = 'it holds no PyTorch weights'    # PyTorch's advice is long
         raise UserError(f'{what} ({reason}): {WAYS_OUT}') from None
 
@@ -131,7 +132,8 @@ def load_trunk(
     given, wanted = read_weights(config.weights), trunk.state_dict()
     if not isinstance(given, dict): given = {}
     wrong = [name for name, tensor in wanted.items() if not name.endswith('num_batches_tracked')
-             and getattr(given.get(name), 'shape', None) != tensor.shape]
+             and (getattr(given.get(name), 'shape', None) != tensor.shape or given[name].is_meta
+                  or given[name].layout is not torch.strided)]
     if wrong: raise UserError(f'weights {config.weights}: not those of torchvision\'s resnet18, '
                               f'{len(wrong)} tensors missing or of another shape, the first is {wrong[0]}; give '
                               "a torchvision resnet18 state_dict, 'imagenet', or 'none' for random weights")

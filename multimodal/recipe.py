@@ -9,7 +9,6 @@ __all__ = ['PHOTOS', 'DataConfig', 'PhotoConfig', 'RunConfig', 'pick', 'finetune
 # %% ../nbs/10a_recipe.ipynb #8fece953
 import random, sys
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -21,6 +20,7 @@ from .encoder import EncoderConfig, ImageTransform
 from .features import FeatureCache
 from .halfway import lower_half
 from .optim import TrainConfig
+from .saving import check_fields
 from .text import PAD, UNK, Vocab
 from .views import check_view, is_flipped
 
@@ -133,14 +133,10 @@ def run_config(
 ):                               # an instance of it
     "Check names and types. Raises `UserError` naming the key."
     if not isinstance(values, dict): raise UserError(f'{where} does not hold the settings of a run')
-    known = {f.name: type(f.default) for f in fields(kind)}
-    for k, v in values.items():
-        if k not in known:
-            near = get_close_matches(k, known, 1)
-            raise UserError(f'{where}: there is no setting {k!r}' + (f', did you mean {near[0]!r}?' if near else ''))
-        fits = type(v) in ((float, int) if known[k] is float else (known[k],))
-        if not fits: raise UserError(f'{where}: {k} must be of type {known[k].__name__}, not {v!r}')
-    return kind(**values)
+    try:
+        check_fields(kind, values)
+        return kind(**values)
+    except UserError as e: raise UserError(f'{where}: {e}') from None
 
 # %% ../nbs/10a_recipe.ipynb #212dfc8d
 def hide_words(

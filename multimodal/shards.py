@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from .core import UserError, as_rgb, load_image, read_json, write_json
+from .core import UserError, in_srgb, load_image, read_json, write_json
 
 # %% ../nbs/05b_shards.ipynb #b5b0000008
 class Packed(NamedTuple):
@@ -181,7 +181,7 @@ def decode_photo(
         with Image.open(io.BytesIO(files.get('jpg') or files['png']), formats=('JPEG', 'PNG')) as photo:
             if photo.width*photo.height > Image.MAX_IMAGE_PIXELS: raise ValueError('claims too many pixels')
             photo.load()
-            return as_rgb(ImageOps.exif_transpose(photo)).resize((side, side), Image.Resampling.BILINEAR)
+            return in_srgb(ImageOps.exif_transpose(photo)).resize((side, side), Image.Resampling.BILINEAR)
     except Exception as e:                                     # Pillow raises nearly anything for broken files
         why = 'neither JPEG nor PNG' if isinstance(e, UnidentifiedImageError) else e
         raise UserError(f'sample {files["__key__"]}: no photo that can be read ({why})') from None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from .core import UserError, aside, place, read_json
+from .core import Shown, UserError, aside, place, read_json
 from .metrics import METRICS
 
 # %% ../nbs/39c_terminal.ipynb #72e5e5e7
@@ -30,7 +30,7 @@ def command(
         spell_out()
         if place()[0]: sys.stdout = open(os.devnull, 'w')     # of several processes, the first one speaks for all
         try:
-            func(*args, **kwargs)
+            with redirect_stdout(Shown(sys.stdout)): func(*args, **kwargs)
             sys.stdout.flush()
         except UserError as e: leave(func, e, 2)
         except OSError as e:
@@ -86,7 +86,7 @@ def print_json(value):
 
 def quiet():
     "While this lasts, what libraries print goes to standard error"
-    return redirect_stdout(sys.stderr)
+    return redirect_stdout(Shown(sys.stderr))
 
 # %% ../nbs/39c_terminal.ipynb #20329d93
 def table(
@@ -175,8 +175,9 @@ def settings(
     for pair in pairs or []:
         name, equals, value = pair.partition('=')
         if not equals: raise UserError(f'--set {pair}: write name=value, such as stage=3')
+        if name in found: raise UserError(f'--set {name}: is given twice')
         try: found[name] = json.loads(value)
-        except ValueError: found[name] = value
+        except (ValueError, RecursionError): found[name] = value
     return found
 
 def changed(

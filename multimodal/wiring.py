@@ -36,7 +36,7 @@ def task_of(
         name, settings = read_task(run)
         if settings.get('samples'): name = 'scst'
     name = name or 'caption'
-    if name not in known_tasks(): raise UserError(f'--task {name}: known is {", ".join(known_tasks())}')
+    if str(name) not in known_tasks(): raise UserError(f'--task {name}: known is {", ".join(known_tasks())}')
     return known_tasks()[name][0]
 
 def recipe_for(task, data: str, given: dict):  # settings of the task
