@@ -111,14 +111,15 @@ def find_leaks(
 
 # %% ../nbs/02a_leaks.ipynb #72b7461c
 def leak_lines(
-    found: dict, # of `find_leaks`
+    found: dict | None, # of `find_leaks`; None where nobody has looked
 ) -> list[str]:
     "What leaks there are, for a terminal"
+    if not found: return []
     split, against, photos, n = found['split'], found['against'], found['photos'], found['n_captions']
     name = lambda path: Path(path).name
     show = '; '.join(f'{name(p["image"])} is {name(p["other"])}' for p in photos[:3]) + '; …'*(len(photos) > 3)
     lines = [f'leaks: {len(photos)} of {found["n_images"]:,} photos of {split} are in {against}, too'
              + f': {show}'*bool(photos)]
-    common = ''.join(f'; {c!r} {k} times' for c, k in found['commonest'][:1])
+    common = ''.join(f'; {c!r} {k} time{"s"*(k != 1)}' for c, k in found['commonest'][:1])
     return lines + [f'leaks: {found["captions"]:,} of {n:,} captions of {split} ({found["captions"]/n:.1%}) stand word '
                     f'for word in {against}{common}']
