@@ -64,8 +64,9 @@ def run(home, tmp_path_factory):
 def scenes(home): return home/'shapes-240-48'
 
 
-def test_a_captioner_that_has_learned_next_to_nothing_is_said_on_the_screen_and_in_json(run, capsys):
+def test_a_captioner_that_has_learned_next_to_nothing_is_said_on_the_screen_and_in_json(run, capsys, monkeypatch):
     from multimodal.cli import mm_validate
+    monkeypatch.setenv('PATH', '')                                 # METEOR takes seconds to start, and is not needed
     capsys.readouterr()
     mm_validate(str(run), beam=2, device='cpu')
     lines = capsys.readouterr().out.splitlines()
@@ -77,7 +78,8 @@ def test_a_captioner_that_has_learned_next_to_nothing_is_said_on_the_screen_and_
     assert scores['cider'] < scores['floor']['cider'] and any('constant caption' in d for d in scores['doubts'])
 
 
-def test_scores_of_somebodys_captions_are_doubted_too(tmp_path, capsys):
+def test_scores_of_somebodys_captions_are_doubted_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('PATH', '')
     from multimodal.cli import mm_score
     lines = {'same': ['a dog runs']*12, 'good': [f'a dog runs to tree {i}' for i in range(12)],
              'people': [f'the dog runs to tree {i}' for i in range(12)]}
@@ -186,7 +188,8 @@ def test_captions_seen_before_are_counted_as_a_plain_loop_counts_them(mine, thei
     assert seen_before(rng.sample(mine, len(mine)), rng.sample(theirs, len(theirs))) == (n, common)
 
 
-def test_mm_validate_finds_a_planted_leak(run, home, tmp_path, capsys):
+def test_mm_validate_finds_a_planted_leak(run, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('PATH', '')
     from multimodal.cli import mm_validate
     shutil.copytree(scenes(home), folder := tmp_path/'data')
     items = load_dataset(folder)['train']
@@ -232,14 +235,17 @@ print(json.dumps([sums, history, [[r['caption'], r['logprob']] for r in rows], m
 '''
 
 
-def test_the_same_seed_gives_the_same_weights_captions_and_scores_to_the_last_bit_in_another_process(tmp_path):
-    data, said = make_shapes(tmp_path/'data', n=48, size=24), []
-    for k in '1', '2':                                             # sets and dictionaries of text are gone through in another order
-        env = {**os.environ, 'PYTHONHASHSEED': k, 'OMP_NUM_THREADS': '1'}
-        r = subprocess.run([sys.executable, '-c', TWICE, data, tmp_path/f'run{k}', '5'], capture_output=True, text=True, env=env)
-        assert r.returncode == 0, r.stderr
-        said.append(r.stdout.splitlines()[-1])
-    assert said[0] == said[1] and len(json.loads(said[0])[2]) > 3
+def test_the_same_seed_gives_the_same_weights_captions_and_scores_to_the_last_bit_in_a_fresh_process(tmp_path, capsys, monkeypatch):
+    "Here, after whatever tests have been run, and in a new process that goes through sets of words in another order."
+    data = make_shapes(tmp_path/'data', n=40, size=24)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, 'argv', ['', str(data), str(tmp_path/'here'), '5'])
+    exec(TWICE, {})
+    here = capsys.readouterr().out.splitlines()[-1]
+    env = {**os.environ, 'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': str(torch.get_num_threads())}
+    r = subprocess.run([sys.executable, '-c', TWICE, data, tmp_path/'there', '5'], capture_output=True, text=True, env=env)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.splitlines()[-1] == here and len(json.loads(here)[2]) > 3
 
 
 def kept_captions() -> dict:  # name of a photo → caption
@@ -255,7 +261,7 @@ def test_published_scores_of_the_captioner_that_comes_along_are_those_of_its_kep
     for name, value in scores.items():
         if name == 'meteor': continue
         low, high = published['intervals'][name]
-        assert low < value < high and value == pytest.approx(published[name], abs=2e-3), name        # another tokenizer than Java's
+        assert low < value < high and value == pytest.approx(published[name], abs=1e-9), name
 
 
 def test_the_captioner_that_comes_along_still_writes_its_kept_captions():
@@ -398,7 +404,7 @@ def test_no_narrow_beam_and_no_greedy_caption_scores_above_the_widest_beam(seed,
 WORDS = st.lists(st.sampled_from('a the dog cat runs on grass red'.split()), min_size=4, max_size=9).map(' '.join)
 SETS = st.lists(st.tuples(WORDS, st.lists(WORDS, min_size=1, max_size=4)), min_size=2, max_size=6)
 
-@pytest.mark.filterwarnings('ignore:.*n-gram overlaps')
+@pytest.mark.filterwarnings('ignore::UserWarning')     # NLTK says where a BLEU is 0
 @few
 @given(SETS)
 def test_all_four_bleus_are_those_of_nltk(pairs):
@@ -419,7 +425,7 @@ def test_scores_of_single_captions_follow_their_images_in_any_order(pairs, rng):
     np.testing.assert_allclose(two, one[order], atol=1e-9)
 
 
-# ---- what mutants survived before
+# ---- what mutants survived before (the loss of metrics, parts of a batch, lengths of vectors), or what was tested only by the way
 
 @few
 @given(B=st.integers(1, 4), T=st.integers(1, 6), V=st.integers(2, 9), seed=st.integers(0, 999), smoothing=st.sampled_from([0., .1]))
@@ -451,6 +457,18 @@ def test_validation_is_without_dropout():
     with torch.no_grad(): seen = trainer.evaluate()['loss']
     net.eval()
     with torch.no_grad(): assert seen == pytest.approx(sum(net(x).square().sum().item() for x in batches)/24, rel=1e-5)
+
+
+def test_the_parts_of_a_batch_give_the_gradient_of_the_mean_over_all_its_items():
+    from multimodal.threads import learn_at_once
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(4, 1), torch.randn(9, 4)
+    weights = list(net.parameters())
+    total, n, _ = learn_at_once(lambda part: (net(part).square().sum(), len(part), {}), x.split([5, 1, 3]), weights, 1)
+    found = [p.grad.clone() for p in weights]
+    wanted = torch.autograd.grad(net(x).square().mean(), weights)
+    assert n == 9 and total.item() == pytest.approx(net(x).square().sum().item(), rel=1e-5)
+    for a, b in zip(found, wanted): torch.testing.assert_close(a, b)
 
 
 @few
@@ -490,9 +508,9 @@ def test_each_line_that_mutants_break_is_there_once_and_all_were_killed():
 def test_two_mutants_of_the_day_are_killed():
     "A breakage really made, in a copy of the package; other ones each day, of those whose tests are quick."
     tool = load_tool()
-    quick = sorted(read_json(RESULTS/'reliability_numbers.json')['mutants']['each'], key=lambda r: r['seconds'])[:16]
+    quick = sorted(read_json(RESULTS/'reliability_numbers.json')['mutants']['each'], key=lambda r: r['seconds'])[:12]
     day, by_name = date.today().timetuple().tm_yday, {m.name: m for m in tool.MUTANTS}
     with tool.copied() as folder:
-        for k in day, day + 8:
-            outcome = tool.try_out(by_name[quick[k % 16]['name']], folder)
+        for k in day, day + 6:
+            outcome = tool.try_out(by_name[quick[k % 12]['name']], folder)
             assert outcome['outcome'] == 'killed', outcome

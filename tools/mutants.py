@@ -1,4 +1,4 @@
-"""Would anybody notice? Breaks thirty chosen lines of the package, one at a time, and runs the test that should say so.
+"""Would anybody notice? Breaks some thirty chosen lines of the package, one at a time, and runs the test that should say so.
 
     python tools/mutants.py                                        # all of them, some five minutes on one core
     python tools/mutants.py causal padding                         # those with one of these words in their name
@@ -72,7 +72,7 @@ MUTANTS = [
            'test_numbers.py::test_validation_is_without_dropout'),
     Mutant('parts of a batch: a mean of sums over parts, not over words', 'threads', 'p.grad = g.div_(sum(counts))',
            'p.grad = g.div_(len(counts))',
-           'test_training.py::test_threads_that_learn_at_once_leave_the_switch_alone_and_agree_with_one'),
+           'test_numbers.py::test_the_parts_of_a_batch_give_the_gradient_of_the_mean_over_all_its_items'),
     # words and data
     Mutant('a word must come once more often to be known', 'text', 'if n >= min_count)', 'if n > min_count)',
            'test_numbers.py::test_a_word_that_comes_just_often_enough_is_known'),
@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant('a photo gets the features of its neighbour', 'features', 'every[row]*self.row_bytes',
            'every[row - 1]*self.row_bytes', 'test_features.py::test_the_cache_says_what_the_encoder_says'),
     Mutant('a mirrored photo keeps its left and right in words', 'augment', '[flip_caption(c) for c in captions]',
-           '[c for c in captions]', 'test_augment.py::test_mirrored_scenes_keep_true_captions'),
+           '[c for c in captions]', 'test_augment.py::test_scenes_stay_true_at_full_strength'),
     Mutant('a wrong checksum passes', 'download', 'return None if found == checksum.lower() else',
            'return None if found else', 'test_download.py::test_a_wrong_file_that_is_there_is_replaced_by_the_right_one_only'),
     # writing
