@@ -111,6 +111,7 @@ def mm_validate(
     also: str = None,      # run folders with commas between them: captioners of the same words that write along
     judge: str = None,     # run folder of a finder that judges the pictures of a painter; drawn scenes need none
     weights: str = None,   # file with the ResNet18's weights, where it lies elsewhere than in training
+    leaks: bool = False,   # also look for photos and captions of the split among those that were learned from
     device: str = None,    # cpu, cuda, …; the best there is if not given
     out: str = None,       # also keep the numbers in this file, with all that they depend on; its name ends in .json
     json: bool = False,    # print one JSON value
@@ -119,9 +120,8 @@ def mm_validate(
     if out: check_name(out)
     with quiet():
         data, captions = data_to_measure(trained := opened(run, weights, device, neighbours, also), data)
-        scores = measure(trained, captions, split, is_drawn(data), beam, flip, draws, closer, judge, weights)
-        if out: write_result(out, scores, trained, captions)
-        say_what_is_missing(scores)
+        scores = measure(trained, captions, split, is_drawn(data), beam, flip, draws, closer, judge, weights, leaks)
+        say_what_is_missing(scores); out and write_result(out, scores, trained, captions)
     print_json(scores) if json else print(f'{split} of {data}, {scores["n_images"]} pictures\n{in_words(scores)}')
 
 # %% ../nbs/40_cli.ipynb #33d5f2f6
@@ -133,6 +133,7 @@ def mm_score(
 ):
     "Score captions: BLEU, ROUGE-L, METEOR and CIDEr"
     from multimodal.metrics import caption_metrics, ceiling, floor, one_fewer
+    from multimodal.variety import variety, with_doubts
     references = [references] if isinstance(references, str) else references
     kinds = {Path(p).suffix.lower() == '.json' for p in [hypotheses, *references]}
     if len(kinds) > 1: raise UserError('captions and references must both be JSON or both be text')
@@ -142,7 +143,8 @@ def mm_score(
     several = any(len(refs) > 1 for refs in people)
     with quiet(): scores = {**caption_metrics(captions, people), 'floor': floor(people, people),
                             'one_fewer': one_fewer(captions, people) if several else None,
-                            'ceiling': ceiling(people) if several else None}
+                            'ceiling': ceiling(people) if several else None, 'variety': variety(captions, people)}
+    scores = with_doubts(scores)
     say_what_is_missing(scores)
     if json: return print_json(scores)
     print(f'{len(captions)} caption{"s"*(len(captions) != 1)}', between_limits(scores, 'these captions'), sep='\n')

@@ -122,7 +122,8 @@ def between_limits(scores: dict, name: str='this run') -> str:  # for a terminal
     ends = {m: i for m, i in (scores.get('intervals') or {}).items() if i}
     said = ', '.join(f'{METRICS[m]} {100*low:.1f} to {100*high:.1f}' for m, (low, high) in ends.items())
     sure = [f'with other photos of this kind (95 %): {said}'] if said else []
-    return '\n'.join([table({name: row for name, row in rows.items() if row}), *sure, *truth])
+    from multimodal.variety import variety_lines
+    return '\n'.join([table({name: row for name, row in rows.items() if row}), *sure, *truth, *variety_lines(scores)])
 
 def judge_drawn(
     rows: list,  # {'caption', 'references', …}, of drawn scenes

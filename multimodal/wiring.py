@@ -16,12 +16,10 @@ from .terminal import between_limits, changed, is_drawn, judge_drawn, open_data,
 # %% ../nbs/39d_wiring.ipynb #b2a9b3b7
 def known_tasks() -> dict:  # name → (`Task`, its recipe for drawn scenes, its recipe for photos)
     "All that `mm_train` can train"
-    from multimodal.demo import SHAPES
+    from multimodal.demo import SHAPES; from multimodal.recipe import PHOTOS
     from multimodal.finder import FIND, FIND_SHAPES, RETRIEVAL
     from multimodal.painter import PAINT, PAINT_SHAPES, PAINTING
-    from multimodal.recipe import PHOTOS
-    from multimodal.runs import CAPTIONS, FINETUNE
-    from multimodal.scst import SCST
+    from multimodal.runs import CAPTIONS, FINETUNE; from multimodal.scst import SCST
     return {'caption': (CAPTIONS, SHAPES, PHOTOS), 'finetune': (FINETUNE, None, None), 'scst': (SCST, None, None),
             'retrieve': (RETRIEVAL, FIND_SHAPES, FIND), 'paint': (PAINTING, PAINT_SHAPES, PAINT)}
 
@@ -51,8 +49,7 @@ def recipe_for(task, data: str, given: dict):  # settings of the task
 def learning_on(task, config):  # settings of a run that another starts from → settings of the task
     "What a recipe that goes on from a captioner changes"
     from multimodal.recipe import RunConfig, finetune_recipe
-    from multimodal.runs import FINETUNE
-    from multimodal.scst import SCST, scst_recipe
+    from multimodal.runs import FINETUNE; from multimodal.scst import SCST, scst_recipe
     paid = getattr(config, 'samples', 0)
     if task is SCST: return config if paid else scst_recipe(config)
     if paid: config = replace(config, samples=0, length_penalty=RunConfig.length_penalty)
@@ -67,8 +64,7 @@ def config_to_train(
     init: str | None = None,    # a run folder to start from
 ):                   # settings of the task
     "What to train with: those of the run that goes on or is started from, else a recipe; changed as asked"
-    from multimodal.scst import SCST
-    from multimodal.tasks import read_config
+    from multimodal.scst import SCST; from multimodal.tasks import read_config
     if resume: return changed(read_config(resume, task), given)
     if not init: return recipe_for(task, data, given)
     config = changed(learning_on(task, read_config(init, task)), {'data': data, **given})
@@ -85,8 +81,7 @@ def what_next(task, run: str) -> str:
 # %% ../nbs/39d_wiring.ipynb #2f2157fd
 def measure_painter(painter, data, split: str, drawn: bool, judge: str | None, weights: str | None) -> dict:
     "Drawings judged by a finder, or by rule. Raises `UserError` where neither can be had."
-    from multimodal.finder import load_finder
-    from multimodal.judges import judge_by_finder, judge_by_rule
+    from multimodal.finder import load_finder; from multimodal.judges import judge_by_finder, judge_by_rule
     if judge:
         device = str(next(painter.model.parameters()).device)
         return judge_by_finder(painter, load_finder(Path(judge), weights, device), data, split)
@@ -109,8 +104,7 @@ def data_to_measure(
 # %% ../nbs/39d_wiring.ipynb #41ddb9a8
 def ask(trained):
     "Let a captioner's neighbours choose. Raises `UserError` for other runs, and where its training photos are gone."
-    from multimodal.neighbours import ask_neighbours
-    from multimodal.runs import Run
+    from multimodal.neighbours import ask_neighbours; from multimodal.runs import Run
     if not isinstance(trained, Run): raise UserError(f'--neighbours: {trained.folder} is no captioner')
     def learned_from():
         if not trained.config.data: raise UserError(f'--neighbours: {trained.folder} does not name its training data')
@@ -120,8 +114,7 @@ def ask(trained):
 # %% ../nbs/39d_wiring.ipynb #ddd1666a
 def joined(trained, also: str | None, weights: str | None, device: str | None):  # `TrainedRun`
     "A captioner with others, named with commas between them, or any run alone. Raises `UserError` for what cannot be."
-    from multimodal.ensemble import together
-    from multimodal.runs import Run, load_run
+    from multimodal.ensemble import together; from multimodal.runs import Run, load_run
     if not also: return trained
     if not isinstance(trained, Run): raise UserError(f'--also: {trained.folder} is no captioner')
     return together([trained, *(load_run(Path(name), weights, device) for name in also.split(',') if name)])
@@ -156,32 +149,39 @@ def measure(
     closer: bool = False,        # look at the middle of each look closer
     judge: str | None = None,    # run folder of a finder that judges what a painter paints
     weights: str | None = None,  # of that finder's ResNet18, where they lie elsewhere than in training
+    leaks: bool = False,         # look for photos and captions of the split in the training data
 ) -> dict:
     "All numbers of a run on a split"
-    from multimodal.finder import Finder
-    from multimodal.neighbours import way_to_write
-    from multimodal.painter import PaintRun
+    from multimodal.finder import Finder; from multimodal.leaks import find_leaks
+    from multimodal.neighbours import way_to_write; from multimodal.painter import PaintRun
+    from multimodal.variety import rows_variety, with_doubts
+    found = {'leaks': find_leaks(data, split)} if leaks else {}
     if isinstance(trained, PaintRun):
-        return {'task': 'paint', **measure_painter(trained, data, split, drawn, judge, weights)}
+        return {'task': 'paint', **measure_painter(trained, data, split, drawn, judge, weights), **found}
     if judge: raise UserError(f'--judge {judge}: only a painter is judged by another run, and {trained.folder} is none')
-    if isinstance(trained, Finder): return {'task': 'retrieve', **trained.evaluate(data, split, flip)}
-    how, truth = way_to_write(trained, beam, flip, draws, closer), judge_drawn if drawn else None
-    return {'task': 'caption', **trained.evaluate(data, split, how, limits=True, judge=truth)}
+    if isinstance(trained, Finder): return {'task': 'retrieve', **trained.evaluate(data, split, flip), **found}
+    how = way_to_write(trained, beam, flip, draws, closer)
+    look = lambda rows: rows_variety(rows) | (judge_drawn(rows) if drawn else {})
+    return {'task': 'caption', **with_doubts(trained.evaluate(data, split, how, limits=True, judge=look)), **found}
 
 # %% ../nbs/39d_wiring.ipynb #8e927272
 def in_words(
     scores: dict,  # of `measure`
 ) -> str:          # for a terminal
     "The numbers of a run as a table, beside what they must be compared with"
+    from multimodal.leaks import leak_lines
+    leaks = leak_lines((scores := dict(scores)).pop('leaks', None))
     if scores['task'] == 'paint':
         from multimodal.judges import drawing_table, precision_table
-        return drawing_table(scores) if 'drawn' in scores else precision_table(scores)
-    if scores['task'] == 'retrieve':
+        said = drawing_table(scores) if 'drawn' in scores else precision_table(scores)
+    elif scores['task'] == 'retrieve':
         from multimodal.retrieval import recall_table
         ways = lambda s: (s['caption_to_photo'], s['photo_to_caption'])
-        return recall_table({'chance': ways(scores['chance']), 'this run': ways(scores)})
-    forced = ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy'))
-    return f'given the true words: {forced}\n{between_limits(scores)}'
+        said = recall_table({'chance': ways(scores['chance']), 'this run': ways(scores)})
+    else:
+        forced = ', '.join(f'{k} {scores[k]:.3f}' for k in ('loss', 'perplexity', 'accuracy'))
+        said = f'given the true words: {forced}\n{between_limits(scores)}'
+    return '\n'.join([said, *leaks])
 
 # %% ../nbs/39d_wiring.ipynb #75b433ab
 def drawing_sheet(
