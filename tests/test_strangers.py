@@ -173,11 +173,11 @@ def test_torn_files_of_weights_are_named(tmp_path):
     odd = [[1], {'a': 1}, {1: torch.zeros(2)}, torch.zeros(3), None, {'conv1.weight': 3}, {**good, 'conv1.weight': good['conv1.weight'].to_sparse()},
            {**good, 'conv1.weight': good['conv1.weight'].to('meta')}]
     torn = Counter()
-    for i in range(200):
+    for i in range(120):
         path.write_bytes(fuzz.mutated(saved[i % 2], rng, most=3))
         try: torn[type(read_weights(str(path)))] += 1
         except UserError as error: fuzz.one_line(error, path)
-    assert sum(torn.values()) < 100
+    assert sum(torn.values()) < 40
     for content in odd:
         torch.save(content, path)
         refused(lambda: load_trunk(EncoderConfig(weights=str(path), stage=1)), str(path))
@@ -384,8 +384,8 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
 
 
 def test_mutated_photos_crash_and_hang_nothing():
-    "By tools/fuzz.py, which took 10,000; here 300"
-    found = fuzz.images(300, 1)
+    "By tools/fuzz.py, which took 10,000; here 240"
+    found = fuzz.images(240, 1)
     assert found['crashes'] == found['hangs'] == 0 and found['slowest_seconds'] < 10 and found['peak_mb'] - found['peak_mb_before'] < 2000
     assert min(found[f'{kind}_{what}'] for kind in ('JPEG', 'PNG') for what in ('read', 'refused_in_one_line')) > 10      # it is a test
 
@@ -634,11 +634,25 @@ def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(
 def test_mutated_descriptions_load_or_are_named(run):
     rng, path, loaded = random.Random(0), run/'best'/'config.json', 0
     good = path.read_text()
-    for i in range(60):
+    for i in range(40):
         path.write_bytes(fuzz.mutated_json(good, rng) if i % 2 else fuzz.mutated(good.encode(), rng, most=2))
         try: loaded += load_captioner(run/'best')[0] is not None
         except UserError as error: assert str(run) in str(error) and '\n' not in str(error), error
-    assert 3 < loaded < 50
+    assert 3 < loaded < 36
+
+
+@pytest.mark.parametrize('line', ['[' * 100_000, '9'*9000, '{"epoch": 1}\n{"a":' * 9, '[1]\n{}', '\0', '\x1b[2J\n1', 'NaN\nNaN'])
+def test_a_history_of_anything_is_read_or_named(run, line):
+    from multimodal.runs import load_run
+    (run/'history.jsonl').write_text(line)
+    try: load_run(run)
+    except UserError as error: fuzz.one_line(error, run/'history.jsonl')
+
+
+def test_captions_to_be_scored_that_no_text_can_hold_are_named(tmp_path):
+    from multimodal.terminal import pair_coco
+    for name in 'ab': (tmp_path/name).write_text(json.dumps([{'image_id': 1, 'caption': 'a dog'}, {'image_id': 2, 'caption': 'a \ud800 cat'}]))
+    refused(lambda: pair_coco(str(tmp_path/'a'), str(tmp_path/'b')), 'entry 2')
 
 
 def test_the_recipe_of_a_run_survives_what_json_does_to_it():
