@@ -145,7 +145,7 @@ def read_history(
     lines, rows = (Path(path).read_bytes().splitlines() if Path(path).exists() else []), []
     for i, line in enumerate(lines):
         try: rows.append(json.loads(line))
-        except ValueError:                                              # no JSON, or no UTF-8
+        except (ValueError, RecursionError):                            # no JSON, or no UTF-8
             if i < len(lines) - 1: raise UserError(f'{path}, line {i + 1} is not JSON: {line[:40]!r}') from None
         else:
             if not isinstance(rows[-1], dict) or 'epoch' not in rows[-1]:

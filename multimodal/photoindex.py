@@ -59,7 +59,7 @@ def read_index(
         rows = len(about['stamps']), vectors.shape[0]
         whole = about['version'] == 1 and {'folder', 'tower', 'skipped'} <= about.keys()
         if not whole or rows[0] != rows[1]: raise KeyError('rows')
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(str(e)) from None
     return about, vectors
 

@@ -221,10 +221,10 @@ def caption_rows(path: str, rows, ids: dict | None=None) -> list:  # of (image i
     rows = rows.get('annotations') if isinstance(rows, dict) else rows
     if not isinstance(rows, list): raise UserError(f'{path}: neither a list nor an object with "annotations"')
     found = []
-    for i, r in enumerate(rows, 1):
-        r = r if isinstance(r, dict) else {}
+    for i, r in enumerate((r if isinstance(r, dict) else {} for r in rows), 1):
         image = r.get('image_id', (ids or {}).get(Path(str(r.get('image'))).name, r.get('image')))
-        if not (isinstance(image, (int, str)) and isinstance(r.get('caption'), str)):
+        text = str(r.get('caption')).encode(errors='replace').decode()               # half characters do not come back
+        if not (isinstance(image, (int, str)) and r.get('caption') == text):
             raise UserError(f'{path}: entry {i} is not of the form {{"image_id": 7, "caption": "…"}}')
         found.append((str(image), r['caption']))
     return found

@@ -173,11 +173,11 @@ def test_torn_files_of_weights_are_named(tmp_path):
     odd = [[1], {'a': 1}, {1: torch.zeros(2)}, torch.zeros(3), None, {'conv1.weight': 3}, {**good, 'conv1.weight': good['conv1.weight'].to_sparse()},
            {**good, 'conv1.weight': good['conv1.weight'].to('meta')}]
     torn = Counter()
-    for i in range(200):
+    for i in range(120):
         path.write_bytes(fuzz.mutated(saved[i % 2], rng, most=3))
         try: torn[type(read_weights(str(path)))] += 1
         except UserError as error: fuzz.one_line(error, path)
-    assert sum(torn.values()) < 100
+    assert sum(torn.values()) < 40
     for content in odd:
         torch.save(content, path)
         refused(lambda: load_trunk(EncoderConfig(weights=str(path), stage=1)), str(path))
@@ -262,7 +262,7 @@ def says(server, body, status=200, **headers):
 @pytest.mark.parametrize('url', ['ftp://127.0.0.1:1/a.bin', 'file:///etc/passwd', 'data:,x', 'http://[', 'http://127.0.0.1:none/', '//[::1', 'http://\xe9..x/'])
 def test_a_server_that_leads_elsewhere_is_not_followed(lying, tmp_path, url):
     says(lying, b'', 302, Location=url)
-    refused(lambda: download(f'{lying.url}/a.bin', tmp_path/'a', MD5, HURRY))
+    refused(lambda: download(f'{lying.url}/a.bin', tmp_path/'a', MD5, HURRY), 'another kind' if url.startswith('ftp') else '')
     assert files(tmp_path) == []
 
 
@@ -331,6 +331,7 @@ def test_every_odd_photo_is_captioned_or_counted_and_named(tmp_path, run, capsys
     right = odd_photos(tmp_path/'photos')
     for name, size in right.items():
         if size: assert load_image(tmp_path/'photos'/name).size == size, name
+    refused(lambda: load_image(tmp_path/'photos'/'drawing.jpg'), 'PostScript')              # and not that Ghostscript is missing
     mm_caption([str(tmp_path/'photos')], run=str(run), json=True, device='cpu')
     out, err = capsys.readouterr()
     assert sorted(Path(r['image']).name for r in json.loads(out)) == sorted(n for n, size in right.items() if size)
@@ -383,8 +384,8 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
 
 
 def test_mutated_photos_crash_and_hang_nothing():
-    "By tools/fuzz.py, which took 10,000; here 300"
-    found = fuzz.images(300, 1)
+    "By tools/fuzz.py, which took 10,000; here 240"
+    found = fuzz.images(240, 1)
     assert found['crashes'] == found['hangs'] == 0 and found['slowest_seconds'] < 10 and found['peak_mb'] - found['peak_mb_before'] < 2000
     assert min(found[f'{kind}_{what}'] for kind in ('JPEG', 'PNG') for what in ('read', 'refused_in_one_line')) > 10      # it is a test
 
@@ -444,11 +445,11 @@ def test_captions_of_any_kind_can_be_written_down_again(tmp_path):
     from multimodal.augment import augment_dataset
     from multimodal.datasets import load_dataset
     for n in 'ab': flag().save(tmp_path/f'{n}.jpg')
-    good, bad = ['A dog\nb.jpg#0\tA cat', HOSTILE, 'a'*5000, '<b>', '#0\tx'], ['x \ud800 y', 'x\0y']
-    images = [{'filename': f'{n}.jpg', 'split': 'train', 'sentences': [{'raw': c} for c in texts]} for n, texts in zip('abc', (good, good, bad))]
+    good = ['A dog\nb.jpg#0\tA cat', HOSTILE, 'a'*5000, '<b>', '#0\tx']
+    images = [{'filename': f'{n}.jpg', 'split': 'train', 'sentences': [{'raw': c} for c in texts]} for n, texts in zip('abcd', (good, good, ['x \ud800 y'], ['x\0y']))]
     (tmp_path/'dataset.json').write_text(json.dumps({'images': images}))
     data = load_dataset(tmp_path)
-    assert data.skipped['broken record'] == 1 and len(data['train']) == 2
+    assert data.skipped['broken record'] == 2 and len(data['train']) == 2
     again = load_dataset(augment_dataset(data, tmp_path/'out'))
     for item in again['train']: assert len(item.captions) == len(good) and all(c.split() for c in item.captions)
     assert {' '.join(c.split()) for c in good} <= set(again['train'][0].captions)
@@ -533,7 +534,7 @@ def test_no_script_runs_in_a_real_browser(tmp_path):
 def test_figures_take_any_title(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                 # of letters that the font lacks
-        figure = show_images([flag()]*3, ['$\\frac{', 'a'*100_000, HOSTILE + '</text><script>x</script>--><script>'], path=tmp_path/'a.svg')
+        figure = show_images([flag()]*3, ['$\\frac{$', 'a'*100_000, HOSTILE + '</text><script>x</script>--><script>'], path=tmp_path/'a.svg')
     import matplotlib.pyplot as plt
     plt.close(figure)
     assert max(figure.get_size_inches()) < 20
@@ -633,11 +634,25 @@ def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(
 def test_mutated_descriptions_load_or_are_named(run):
     rng, path, loaded = random.Random(0), run/'best'/'config.json', 0
     good = path.read_text()
-    for i in range(60):
+    for i in range(40):
         path.write_bytes(fuzz.mutated_json(good, rng) if i % 2 else fuzz.mutated(good.encode(), rng, most=2))
         try: loaded += load_captioner(run/'best')[0] is not None
         except UserError as error: assert str(run) in str(error) and '\n' not in str(error), error
-    assert 3 < loaded < 50
+    assert 3 < loaded < 36
+
+
+@pytest.mark.parametrize('line', ['[' * 100_000, '9'*9000, '{"epoch": 1}\n{"a":' * 9, '[1]\n{}', '\0', '\x1b[2J\n1', 'NaN\nNaN'])
+def test_a_history_of_anything_is_read_or_named(run, line):
+    from multimodal.runs import load_run
+    (run/'history.jsonl').write_text(line)
+    try: load_run(run)
+    except UserError as error: fuzz.one_line(error, run/'history.jsonl')
+
+
+def test_captions_to_be_scored_that_no_text_can_hold_are_named(tmp_path):
+    from multimodal.terminal import pair_coco
+    for name in 'ab': (tmp_path/name).write_text(json.dumps([{'image_id': 1, 'caption': 'a dog'}, {'image_id': 2, 'caption': 'a \ud800 cat'}]))
+    refused(lambda: pair_coco(str(tmp_path/'a'), str(tmp_path/'b')), 'entry 2')
 
 
 def test_the_recipe_of_a_run_survives_what_json_does_to_it():
