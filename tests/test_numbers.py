@@ -157,8 +157,8 @@ def leaky(tmp_path_factory):
 def test_a_photo_under_another_name_saved_anew_or_at_half_its_size_is_found_and_no_other(leaky):
     data, planted = leaky
     found = find_leaks(data)
-    assert {Path(p['image']).name: Path(p['other']).name for p in found['photos']} == planted
-    assert [Path(p['image']).name for p in found['photos'] if p['same_file']] == ['under_another_name.jpg']
+    assert {p['image']: p['other'] for p in found['photos']} == planted
+    assert [p['image'] for p in found['photos'] if p['same_file']] == ['under_another_name.jpg']
     assert (found['n_images'], found['captions'], found['n_captions']) == (25, 5, 30)
     assert json.loads(json.dumps(found)) == found
     photos, captions = leak_lines(found)
@@ -197,10 +197,10 @@ def test_mm_validate_finds_a_planted_leak(run, home, tmp_path, capsys, monkeypat
     with open(folder/'Flickr8k.token.txt', 'a') as f: f.write(f'planted.jpg#0\t{items[0].captions[0]}\n')
     with open(folder/'Flickr_8k.testImages.txt', 'a') as f: f.write('planted.jpg\n')
     capsys.readouterr()
-    mm_validate(str(run), str(folder), beam=1, leaks=True, device='cpu', json=True)
+    mm_validate(str(run), str(folder), beam=1, leaks=True, device='cpu', json=True, out=str(tmp_path/'kept.json'))
     found = json.loads(capsys.readouterr().out)['leaks']
-    assert [(Path(p['image']).name, Path(p['other']).name) for p in found['photos']] == [('planted.jpg', items[0].image.name)]
-    assert found['captions'] > 0
+    assert [(p['image'], p['other']) for p in found['photos']] == [('planted.jpg', items[0].image.name)]
+    assert found['captions'] > 0 and read_json(tmp_path/'kept.json')['scores']['leaks'] == found
     with pytest.raises(SystemExit): mm_validate(str(run), str(folder), split='train', leaks=True, device='cpu')
     assert 'choose another split' in capsys.readouterr().err
 
@@ -245,7 +245,7 @@ def test_the_same_seed_gives_the_same_weights_captions_and_scores_to_the_last_bi
     env = {**os.environ, 'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': str(torch.get_num_threads())}
     r = subprocess.run([sys.executable, '-c', TWICE, data, tmp_path/'there', '5'], capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr
-    assert r.stdout.splitlines()[-1] == here and len(json.loads(here)[2]) > 3
+    assert r.stdout.splitlines()[-1] == here and len(json.loads(here)[2]) == 3
 
 
 def kept_captions() -> dict:  # name of a photo → caption
@@ -507,10 +507,10 @@ def test_each_line_that_mutants_break_is_there_once_and_all_were_killed():
 
 def test_two_mutants_of_the_day_are_killed():
     "A breakage really made, in a copy of the package; other ones each day, of those whose tests are quick."
-    tool = load_tool()
-    quick = sorted(read_json(RESULTS/'reliability_numbers.json')['mutants']['each'], key=lambda r: r['seconds'])[:12]
-    day, by_name = date.today().timetuple().tm_yday, {m.name: m for m in tool.MUTANTS}
+    tool, day = load_tool(), date.today().timetuple().tm_yday
+    quick = sorted(read_json(RESULTS/'reliability_numbers.json')['mutants']['each'], key=lambda r: r['seconds'])
+    today, by_name = (quick[day % 4], quick[4 + day % 8]), {m.name: m for m in tool.MUTANTS}           # the first four need no PyTorch
     with tool.copied() as folder:
-        for k in day, day + 6:
-            outcome = tool.try_out(by_name[quick[k % 12]['name']], folder)
+        for r in today:
+            outcome = tool.try_out(by_name[r['name']], folder)
             assert outcome['outcome'] == 'killed', outcome
