@@ -2,7 +2,6 @@
 figures come out again, and broken lines are noticed (tools/mutants.py; all of them in results/reliability_numbers.json)."""
 import functools
 import importlib.util
-import io
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
 from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig
-from multimodal.core import UserError, read_json, set_seed
+from multimodal.core import UserError, read_json
 from multimodal.dataloaders import Batch
 from multimodal.datasets import CaptionData, Item, load_dataset
 from multimodal.encoder import EncoderConfig
@@ -76,6 +75,27 @@ def test_a_captioner_that_has_learned_next_to_nothing_is_said_on_the_screen_and_
     scores = json.loads(capsys.readouterr().out)
     assert scores['variety']['people']['different'] == 20 and scores['doubts'] and all(d in said for d in scores['doubts'])
     assert scores['cider'] < scores['floor']['cider'] and any('constant caption' in d for d in scores['doubts'])
+
+
+@pytest.mark.parametrize('what', ['random weights', 'blind'])
+def test_a_captioner_with_random_weights_or_one_that_sees_nothing_is_said(run, what, tmp_path, capsys, monkeypatch):
+    "The second has learned, but its image encoder gives the same for every picture, and so it says the same of all."
+    from multimodal.cli import mm_validate
+    from multimodal.runs import build_captioner, load_run
+    from multimodal.saving import save_model
+    monkeypatch.setenv('PATH', '')
+    shutil.copytree(run, tmp_path/'run')
+    trained = load_run(tmp_path/'run', device='cpu')
+    torch.manual_seed(0)
+    model = build_captioner(trained.config, len(trained.vocab)) if what == 'random weights' else trained.model
+    if what == 'blind':
+        for p in model.encoder.parameters(): p.data.zero_()
+    save_model(model, trained.vocab, tmp_path/'run'/'best')
+    capsys.readouterr()
+    mm_validate(str(tmp_path/'run'), beam=2, device='cpu', json=True)
+    scores = json.loads(capsys.readouterr().out)
+    assert scores['doubts'] and scores['cider'] < scores['floor']['cider']
+    if what == 'blind': assert scores['variety']['different'] == 1 and '1 different captions for 20' in scores['doubts'][0]
 
 
 def test_scores_of_somebodys_captions_are_doubted_too(tmp_path, capsys, monkeypatch):
