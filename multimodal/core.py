@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PHOTO_ENDINGS', 'UserError', 'visible', 'aside', 'Shown', 'set_seed', 'place', 'get_device', 'as_rgb', 'in_srgb',
-           'load_image', 'as_array', 'show_images', 'is_photo', 'list_images', 'flush', 'atomic_write', 'current_umask',
-           'write_json', 'once', 'read_json']
+           'load_image', 'as_array', 'show_images', 'is_photo', 'list_images', 'flush', 'atomic_write', 'write_json',
+           'once', 'read_json']
 
 # %% ../nbs/00_core.ipynb #dcc43c60
-import contextlib, io, json, os, random, re, stat, sys, tempfile, textwrap, warnings
+import contextlib, io, json, os, random, re, stat, sys, textwrap, uuid, warnings
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #f7ac78c3
@@ -189,9 +189,8 @@ def flush(
     path: Path, # a file, or a folder
 ):
     "Wait until the contents of a file, or the names in a folder, are on the disk"
-    is_file = path.is_file()
-    with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+    with contextlib.suppress(*[OSError]*path.is_dir()):
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try: os.fsync(handle)
         finally: os.close(handle)
 
@@ -202,28 +201,18 @@ def atomic_write(
 ): # a path beside it, to write to; renamed at the end of the `with` block, removed if that fails
     "Write a file whole or not at all; raises `UserError` when the disk is full or the folder is closed to us"
     path = Path(path)
-    beside = None
+    beside = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
-        os.close(handle)
-        beside = Path(name)
+        open(beside, 'x').close()
         yield beside
         flush(beside)
-        os.chmod(beside, 0o666 & ~current_umask())
         os.replace(beside, path)
         flush(path.parent)
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}); nothing was changed there') from error
     finally:
-        if beside is not None: beside.unlink(missing_ok=True)
-
-# %% ../nbs/00_core.ipynb #4db24ddd
-def current_umask() -> int: # permission bits that new files go without
-    "The rights that files of this process are made without"
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError): beside.unlink()
 
 # %% ../nbs/00_core.ipynb #9cefbe9c
 def write_json(
@@ -235,9 +224,7 @@ def write_json(
     with atomic_write(path) as beside: beside.write_text(text + '\n', encoding='utf-8')
 
 # %% ../nbs/00_core.ipynb #9b7b34de
-def once(
-    pairs: list, # (name, value), of an object in JSON
-) -> dict:
+def once(pairs: list) -> dict: # (name, value) each, of an object in JSON
     "The object; raises `UserError` where a name comes twice"
     if len(found := dict(pairs)) == len(pairs): return found
     twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))

@@ -106,7 +106,7 @@ def find_leaks(
     ours, theirs = (look_at(item.image for item in data[s]) for s in (split, against))
     seen, common = seen_before(data.captions(split), data.captions(against))
     return {'split': split, 'against': against, 'n_images': len(ours.paths),
-            'photos': [{**c._asdict(), 'image': str(c.image), 'other': str(c.other)} for c in copies(ours, theirs)],
+            'photos': [{**c._asdict(), 'image': c.image.name, 'other': c.other.name} for c in copies(ours, theirs)],
             'n_captions': len(list(data.captions(split))), 'captions': seen, 'commonest': [list(c) for c in common[:5]]}
 
 # %% ../nbs/02a_leaks.ipynb #72b7461c
@@ -116,8 +116,7 @@ def leak_lines(
     "What leaks there are, for a terminal"
     if not found: return []
     split, against, photos, n = found['split'], found['against'], found['photos'], found['n_captions']
-    name = lambda path: Path(path).name
-    show = '; '.join(f'{name(p["image"])} is {name(p["other"])}' for p in photos[:3]) + '; …'*(len(photos) > 3)
+    show = '; '.join(f'{p["image"]} is {p["other"]}' for p in photos[:3]) + '; …'*(len(photos) > 3)
     lines = [f'leaks: {len(photos)} of {found["n_images"]:,} photos of {split} are in {against}, too'
              + f': {show}'*bool(photos)]
     common = ''.join(f'; {c!r} {k} time{"s"*(k != 1)}' for c, k in found['commonest'][:1])

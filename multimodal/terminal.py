@@ -26,8 +26,7 @@ def command(
     @call_parse
     @wraps(func)
     def run(*args, **kwargs):
-        short_waits()
-        spell_out()
+        short_waits(); spell_out()
         if place()[0]: sys.stdout = open(os.devnull, 'w')     # of several processes, the first one speaks for all
         try:
             with redirect_stdout(Shown(sys.stdout)): func(*args, **kwargs)

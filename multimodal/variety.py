@@ -51,8 +51,8 @@ def doubts(
         found.append(f'{v["different"]:,} different captions for {n:,} pictures, people have {people["different"]:,}')
     if v['repeats'] > max(STUTTER, 2*people['repeats']):
         found.append(f'{v["repeats"]:.0%} of the words only repeat the word before them')
-    if floor and scores['cider'] <= floor['cider']:
-        found.append(f'a constant caption has a CIDEr of {100*floor["cider"]:.1f}, these have {100*scores["cider"]:.1f}')
+    if floor and (own := scores['cider']) <= floor['cider']:
+        found.append(f'a constant caption has a CIDEr of {100*floor["cider"]:.1f}, these have {100*own:.1f}')
     return found
 
 def with_doubts(scores: dict) -> dict: # scores, and 'doubts'
@@ -65,8 +65,8 @@ def variety_lines(
 ) -> list[str]:
     "How varied captions are and whether to doubt them, for a terminal"
     if 'variety' not in scores: return []
-    v, why = scores['variety'], scores.get('doubts')
+    v, why = scores['variety'], '; '.join(scores.get('doubts', []))
     said = v['commonest'] if len(v['commonest']) < 60 else v['commonest'][:57] + '…'
-    line = (f'{v["different"]:,} different captions for {v["captions"]:,} pictures (people: {v["people"]["different"]:,}); '
-            f'the commonest for {v["share"]:.1%}: {said}')
-    return [line] + ([f'DO NOT TRUST THIS: {"; ".join(why)}; untrained, collapsed, or weights that do not fit'] if why else [])
+    line = (f'{v["different"]:,} different captions for {v["captions"]:,} pictures '
+            f'(people: {v["people"]["different"]:,}); the commonest for {v["share"]:.1%}: {said}')
+    return [line] + [f'DO NOT TRUST THIS: {why}; untrained, collapsed, or weights that do not fit']*bool(why)

@@ -352,7 +352,7 @@ def test_scores_come_between_floor_and_ceiling(capsys, tmp_path):
     hyp, one, two = (str(tmp_path/name) for name in lines)
     mm_score(hyp, [one, two])
     shown = capsys.readouterr().out.splitlines()
-    assert [l.split()[0] for l in shown[2:]] == ['floor', 'these', 'one', 'ceiling']
+    assert [l.split()[0] for l in shown[2:]] == ['floor', 'these', 'one', 'ceiling', '2'] and '2 different captions' in shown[-1]
     mm_score(hyp, [one], json=True)
     out, err = capsys.readouterr()
     assert json.loads(out)['ceiling'] is None and 0 < json.loads(out)['floor']['bleu_1'] < 1 and 'no ceiling: ' in err

@@ -80,7 +80,7 @@ def learn(name, data, run, log):
     with open(log, 'a') as out: os.dup2(out.fileno(), 1); os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
     begun = any((run/k).exists() for k in ('last', '.last.before'))
-    tasks.train_run(task, data, run, config, begun, run.parent/'features', 'cpu')
+    tasks.train_run(task, data, run, config, begun, run.parent/'features', 'cpu', lambda line: os.write(1, f'{line}\n'.encode()))
 
 
 def process(watch, *args):
@@ -143,8 +143,8 @@ def says(name, data, run):
     return [p.numpy().tobytes() for p in found.draw(list(data.captions('dev'))[:3])]
 
 
-def survive(name, data, work, kills, seed=0, say=print):
-    "Kill trainings of one kind so many times. Raises `AssertionError` where one ends otherwise than the one never killed"
+def survive(name, data, work, kills, seed=0, say=print, each=lambda line: None):
+    "Kill trainings of one kind so many times, and tell `each` of it. `AssertionError` where one ends unlike one never killed"
     luck, watch, log, began, struck, runs = random.Random(f'{name} {seed}'), Watch(), work/f'{name}.log', time.time(), Counter(), 0
     straight = work/f'{name}_straight'/'run'
     if name == 'scst': tasks.train_run(*(CONFIGS['caption'][0], data, work/'captioner', CONFIGS['caption'][1]), say=lambda line: None)
@@ -159,6 +159,7 @@ def survive(name, data, work, kills, seed=0, say=print):
             else: where, status = None, ended(pid)
             assert status in (0, -signal.SIGKILL), f'{name}, exit status {status}: {log.read_text()[-2000:]}'
             struck[where] += where is not None
+            each(f'killed, in: {where}' if where else 'came to its end')
         found = contents(run)
         assert found.keys() == right.keys(), found.keys() ^ right.keys()
         wrong = [k for k in right if found[k] != right[k]]
