@@ -1,5 +1,5 @@
 """Numbers that cannot quietly be wrong: collapsed captioners are said, leaks are found, runs repeat to the last bit, published
-figures come out again, and broken lines are noticed (tools/mutants.py; all of them in results/reliability_numbers.json)."""
+figures come out again, and broken lines are noticed (tools/mutants.py; all of them in results/reliability.json)."""
 import functools
 import importlib.util
 import json
@@ -522,21 +522,21 @@ def load_tool():
 
 
 def test_each_line_that_mutants_break_is_there_once_and_all_were_killed():
-    tool, kept = load_tool(), read_json(RESULTS/'reliability_numbers.json')['mutants']
+    tool, kept = load_tool(), read_json(RESULTS/'reliability.json')['mutants']
     for m in tool.MUTANTS:
         tool.source(m)
         file, name = m.test.split('::')
         assert f'\ndef {name}(' in (ROOT/'tests'/file).read_text(encoding='utf-8'), f'{m.name}: there is no test {m.test}'
     assert len(tool.MUTANTS) >= 30 and len({m.name for m in tool.MUTANTS}) == len(tool.MUTANTS)
     assert [(r['name'], r['module'], r['old'], r['new'], r['test']) for r in kept['each']] == list(map(tuple, tool.MUTANTS)), \
-        'the list has changed: run python tools/mutants.py --out results/reliability_numbers.json'
+        'the list has changed: run python tools/mutants.py --out results/reliability.json'
     assert kept['killed'] == kept['of'] == len(tool.MUTANTS) and all(r['outcome'] == 'killed' for r in kept['each'])
 
 
 def test_two_mutants_of_the_day_are_killed():
     "A breakage really made, in a copy of the package; other ones each day, of those whose tests are quick."
     tool, day = load_tool(), date.today().timetuple().tm_yday
-    quick = sorted(read_json(RESULTS/'reliability_numbers.json')['mutants']['each'], key=lambda r: r['seconds'])
+    quick = sorted(read_json(RESULTS/'reliability.json')['mutants']['each'], key=lambda r: r['seconds'])
     today, by_name = (quick[day % 4], quick[4 + day % 8]), {m.name: m for m in tool.MUTANTS}           # the first four need no PyTorch
     with tool.copied() as folder:
         for r in today:

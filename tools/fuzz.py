@@ -1,7 +1,7 @@
 """Feeds broken files to whatever reads the files of strangers, and checks what comes out. Full-length runs; their short forms
 stand in tests/test_strangers.py.
 
-    python tools/fuzz.py images --n 10000 --seed 0 --out results/reliability_strangers.json
+    python tools/fuzz.py images --n 10000 --seed 0 --out results/reliability.json
     python tools/fuzz.py captions --n 10000 --seed 0 --out …       each reader, files mutated by chance
     python tools/fuzz.py readers --which lines --minutes 20 --out …     the same guided by coverage (pip install atheris)
     python tools/fuzz.py million --out …                           a caption file of a million lines, and its peak of memory
@@ -534,8 +534,9 @@ def keep(out, name, found):
     print(json.dumps({name: found}, indent=1, ensure_ascii=False))
     if not out: return
     kept = json.loads(Path(out).read_text()) if Path(out).exists() else {}
-    Path(out).write_text(json.dumps({**kept, name: {'command': 'python tools/fuzz.py ' + ' '.join(sys.argv[1:]), 'on': about, **found}},
-                                    indent=1, ensure_ascii=False) + '\n')
+    new = {name: {'command': 'python tools/fuzz.py ' + ' '.join(sys.argv[1:]), 'on': about, **found}}
+    kept['strangers'] = {**kept.get('strangers', {}), **new}
+    Path(out).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + '\n')
 
 
 def main():

@@ -2,7 +2,7 @@
 
     python tools/mutants.py                                        # all of them, some five minutes on one core
     python tools/mutants.py causal padding                         # those with one of these words in their name
-    python tools/mutants.py --out results/reliability_numbers.json # also keep what came out
+    python tools/mutants.py --out results/reliability.json      # also keep what came out
 
 The package is copied to a temporary folder and broken there; the project's own files are not touched. A line is found by a
 fragment of it, which must occur exactly once in its module. A mutant is killed when its test fails, and survives when its
@@ -177,9 +177,10 @@ def main():
     killed = sum(r['outcome'] == 'killed' for r in results)
     print(f'{killed} of {len(results)} killed, {time.monotonic() - began:.0f} s')
     if args.out:
-        from multimodal.core import write_json
+        from multimodal.core import read_json, write_json
         versions = {'python': platform.python_version(), **{p: version(p) for p in ('multimodal', 'torch', 'numpy', 'pytest', 'hypothesis')}}
-        write_json(args.out, {'mutants': {'killed': killed, 'of': len(results), 'seconds': round(time.monotonic() - began),
+        others = read_json(args.out) if Path(args.out).exists() else {}
+        write_json(args.out, {**others, 'mutants': {'killed': killed, 'of': len(results), 'seconds': round(time.monotonic() - began),
                                           'date': str(date.today()), 'command': 'python tools/mutants.py --out ' + args.out,
                                           'cores': os.cpu_count(), 'versions': versions, 'each': results}})
     raise SystemExit(killed < len(results))
