@@ -58,6 +58,8 @@ def unpack(
             check_archive(archive, max_bytes, max_files)
             with our_disk(root):
                 beside.mkdir(parents=True)
+                size, free = sum(e.file_size for e in archive.infolist()), shutil.disk_usage(beside).free
+                if size > free: raise UserError(f'{path}: unpacks to {size:,} bytes, {free:,} are free at {root}')
                 archive.extractall(beside, [e for e in archive.infolist() if not e.filename.startswith('__MACOSX/')])
                 if root.exists(): root.rmdir()
                 os.replace(beside, root)

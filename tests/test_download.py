@@ -337,3 +337,27 @@ def test_an_address_that_has_nothing_leaves_nothing(server, tmp_path):
     with pytest.raises(UserError, match='nothing came'):
         fetch_flickr8k(tmp_path/'flickr8k', f'{server.url}/nowhere', say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_drips_is_left(server, tmp_path):
+    "A byte now and then: never silent, and never done."
+    def drip(handler, content, start):
+        handler.give(b'', start, len(content), promise=len(content) - start)
+        try:
+            for i in range(start, len(content)): handler.wfile.write(content[i:i + 1]); handler.wfile.flush(); time.sleep(.02)
+        except OSError: pass
+        return True
+    server.misbehave = drip
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r'no download') as e:
+        download(f'{server.url}/a.bin', tmp_path/'a.bin', MD5, Patience(tries=2, pause=0, timeout=.3))
+    assert len(server.asked) == 2 and time.monotonic() - began < 5 and 'bytes are kept' in str(e.value)
+    assert files(tmp_path) == ['a.bin.part']
+
+
+def test_an_archive_that_does_not_fit_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch):
+    pack(tmp_path/'a.zip', [('a.txt', 'x'*5000)])
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: real._replace(free=4000))
+    with pytest.raises(UserError, match='unpacks to 5,000 bytes, 4,000 are free'): unpack(tmp_path/'a.zip', tmp_path/'new')
+    assert files(tmp_path) == ['a.zip']

@@ -91,6 +91,7 @@ def test_a_captioner_that_has_learned_next_to_nothing_is_said_on_the_screen_and_
 def test_a_captioner_with_random_weights_or_one_that_sees_nothing_is_said(run, what, tmp_path, capsys, monkeypatch):
     "The second has learned, but its image encoder gives the same for every picture, and so it says the same of all."
     from multimodal.cli import mm_validate
+    from multimodal.durable import seal
     from multimodal.runs import build_captioner, load_run
     from multimodal.saving import save_model
     monkeypatch.setenv('PATH', '')
@@ -101,6 +102,7 @@ def test_a_captioner_with_random_weights_or_one_that_sees_nothing_is_said(run, w
     if what == 'blind':
         for p in model.encoder.parameters(): p.data.zero_()
     save_model(model, trained.vocab, tmp_path/'run'/'best')
+    seal(tmp_path/'run'/'best')
     capsys.readouterr()
     mm_validate(str(tmp_path/'run'), beam=2, device='cpu', json=True)
     scores = json.loads(capsys.readouterr().out)

@@ -58,6 +58,7 @@ def copy(sealed):
     "As from before there were checksums and the state before the last."
     for path in sealed.rglob(SUMS): path.unlink()
     for path in sealed.glob('.*.before'): shutil.rmtree(path)
+    (sealed/'last'/'history.jsonl').unlink()
     return sealed
 
 

@@ -74,12 +74,13 @@ def tiny():
 
 @pytest.fixture
 def run(tmp_path):
-    "A whole run folder of the tiny captioner"
+    "A whole run folder of the tiny captioner, as a stranger may send it: without checksums, or all of them would be its own"
     from multimodal.runs import CAPTIONS
     from multimodal.tasks import write_recipe
     config, model = tiny()
     save_model(model, WORDS, tmp_path/'run'/'best')
     write_recipe(CAPTIONS, tmp_path/'run', config, WORDS)
+    (tmp_path/'run'/'SHA256SUMS').unlink()
     (tmp_path/'run'/'history.jsonl').touch()
     return tmp_path/'run'
 
