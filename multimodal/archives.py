@@ -54,15 +54,14 @@ def unpack(
     beside = root.with_name(f'.{root.name}.{os.getpid()}.part')
     if is_taken(root): raise UserError(f'{root}: is not empty; unpack into a new folder')
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, our_disk(root):
             check_archive(archive, max_bytes, max_files)
-            with our_disk(root):
-                beside.mkdir(parents=True)
-                size, free = sum(e.file_size for e in archive.infolist()), shutil.disk_usage(beside).free
-                if size > free: raise UserError(f'{path}: unpacks to {size:,} bytes, {free:,} are free at {root}')
-                archive.extractall(beside, [e for e in archive.infolist() if not e.filename.startswith('__MACOSX/')])
-                if root.exists(): root.rmdir()
-                os.replace(beside, root)
+            beside.mkdir(parents=True)
+            size, free = sum(e.file_size for e in archive.infolist()), shutil.disk_usage(beside).free
+            if size > free: raise UserError(f'{path}: unpacks to {size:,} bytes, {free:,} are free at {root}')
+            archive.extractall(beside, [e for e in archive.infolist() if not e.filename.startswith('__MACOSX/')])
+            if root.exists(): root.rmdir()
+            os.replace(beside, root)
     except FileNotFoundError: raise UserError(f'{path}: no such file') from None
     except UserError: raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError) as error:
