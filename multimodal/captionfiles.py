@@ -107,7 +107,7 @@ def coco_rows(
     skipped: Counter, # counts of what was left out, added to here
 ) -> tuple[list[str], list[tuple]]: # names of the photos, and (photo, number, caption)
     "Photos and captions of one file of COCO; raises `UserError` when it has another form, or one id for two photos"
-    found, name_of, rows = read_json(path), {}, []
+    found, name_of, names, rows = read_json(path), {}, [], []
     for kind in ('images', 'annotations'):
         if not isinstance(found, dict) or not isinstance(found.get(kind), list):
             raise UserError(f'{path}: no list {kind!r} there, so these are not captions as COCO has them')
@@ -115,11 +115,13 @@ def coco_rows(
             try:
                 photo = record['id' if kind == 'images' else 'image_id']
                 if type(photo) not in (int, str): raise TypeError                    # True == 1 == 1.0
-                if kind == 'annotations': rows.append((name_of[photo], record.get('id'), as_text(record['caption'])))
-                elif (name := as_text(record['file_name'])) != name_of.setdefault(photo, name):
+                if kind == 'annotations':
+                    rows.append((as_text(name_of[photo]), record.get('id'), as_text(record['caption'])))
+                elif (name := record['file_name']) != name_of.setdefault(photo, name):           # even a broken name
                     raise UserError(f'{path}: image {photo!r} is both {name_of[photo]!r} and {name!r}')
+                else: names.append(as_text(name))
             except (KeyError, TypeError, AttributeError, UnicodeError): skipped['broken record'] += 1
-    return list(name_of.values()), rows
+    return names, rows
 
 # %% ../nbs/00b_captionfiles.ipynb #b5a5317f
 def still_packed(

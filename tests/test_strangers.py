@@ -434,6 +434,11 @@ def test_one_number_for_two_photos_is_refused(tmp_path):
     images = [{'id': 1, 'file_name': 'dog.jpg'}, {'id': 1, 'file_name': 'cat.jpg'}]
     (tmp_path/'a.json').write_text(json.dumps({'images': images, 'annotations': [{'image_id': 1, 'id': 1, 'caption': 'A dog'}]}))
     refused(lambda: fuzz.coco_rows(tmp_path/'a.json', Counter()), 'a.json', 'dog.jpg', 'cat.jpg')
+    for broken in ('\0.jpg', None, 3):                                   # a name that is none lays claim to the number all the same
+        images[0]['file_name'] = broken
+        (tmp_path/'a.json').write_text(json.dumps({'images': images, 'annotations': [{'image_id': 1, 'id': 1, 'caption': 'A dog'}]}))
+        refused(lambda: fuzz.coco_rows(tmp_path/'a.json', Counter()), 'a.json', 'cat.jpg')
+    images[0]['file_name'] = 'dog.jpg'
     for other in (True, 1.0, '1'):                                      # Python takes two of these for 1
         images[1] = {'id': other, 'file_name': 'cat.jpg'}
         (tmp_path/'a.json').write_text(json.dumps({'images': images, 'annotations': [{'image_id': other, 'id': 1, 'caption': 'A cat'}]}))

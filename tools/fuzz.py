@@ -3,7 +3,8 @@ stand in tests/test_strangers.py.
 
     python tools/fuzz.py images --n 10000 --seed 0 --out results/reliability.json
     python tools/fuzz.py captions --n 10000 --seed 0 --out …       each reader, files mutated by chance
-    python tools/fuzz.py readers --which lines --minutes 20 --out …     the same guided by coverage (pip install atheris)
+    python tools/fuzz.py readers --minutes 20 --at-once 2 --out …  the same guided by coverage, a process for each reader in turn
+                                                                   (pip install atheris)
     python tools/fuzz.py million --out …                           a caption file of a million lines, and its peak of memory
 
 A reading is right where every pair of photo and caption that comes out stands so in the file that went in, found there by code
@@ -26,6 +27,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -296,7 +298,7 @@ def captions(n, seed):
         for _ in range(n): read.update(k for k, ok in caption_round(root, rng).items() if ok)
     finally: shutil.rmtree(root)
     return {'files_for_each_reader': n, 'seed': seed, 'read_rightly': dict(sorted(read.items())),
-            'refused_in_one_line': {k: n - read[k] for k in (*LINE_READERS, 'karpathy', 'coco', 'lists', 'folder')},
+            'refused_in_one_line': {k: n - read[k] for k in READERS},
             'crashes': 0, 'hangs': 0, 'mixed_up': 0, 'peak_mb': peak_mb(), 'seconds': round(time.time() - start)}
 
 
@@ -375,13 +377,18 @@ def guided(which, arguments):
 
     def lines(data):
         path.write_bytes(data)
-        for kind in LINE_READERS: check_lines(path, data, kind)
+        check_lines(path, data, which)
 
     def notes(data):
         raw = any_json(atheris.FuzzedDataProvider(data))
         path.write_bytes(raw)
-        check_karpathy(path, raw)
-        check_coco(path, raw)
+        {'karpathy': check_karpathy, 'coco': check_coco}[which](path, raw)
+
+    def lists(data):
+        raws = dict(zip(('train', 'dev', 'test', 'val'), data.split(b'\xff')))      # a byte that UTF-8 does not have
+        for old in (root/'data').glob('Flickr_8k.*'): old.unlink()
+        for split, content in raws.items(): (root/'data'/f'Flickr_8k.{split}Images.txt').write_bytes(content)
+        check_lists(root/'data', raws)
 
     def folder(data):
         p = atheris.FuzzedDataProvider(data)
@@ -389,32 +396,46 @@ def guided(which, arguments):
         raws = {s: p.ConsumeBytes(p.ConsumeIntInRange(0, 40)) for s in ('train', 'dev', 'test', 'val') if p.ConsumeBool()}
         raw = any_json(p) if layout.endswith('json') and p.ConsumeBool() else p.ConsumeBytes(p.remaining_bytes())
         check_folder(root/'data', layout, raw, raws)
-        check_lists(root/'data', raws)
 
-    atheris.Setup([sys.argv[0], *arguments], {'lines': lines, 'json': notes, 'folder': folder}[which])
+    targets = {**dict.fromkeys(LINE_READERS, lines), 'karpathy': notes, 'coco': notes, 'lists': lists, 'folder': folder}
+    atheris.Setup([sys.argv[0], *arguments], targets[which])
     atheris.Fuzz()
 
 
-def readers(which, minutes, corpus=None):
+READERS = (*LINE_READERS, 'karpathy', 'coco', 'lists', 'folder')
+
+
+def begin_with(which):
+    "Good files, as the target of a reader takes them: what `FuzzedDataProvider` decides is read from the end"
+    if which in ('karpathy', 'coco'): return [GOOD[which].encode() + b'\2']
+    if which == 'lists': return [GOOD['lists'].encode(), b'a.jpg\xffb.jpg\xffc d.png\n\xff' + PHOTOS[3].encode()]
+    if which == 'folder': return [GOOD[k].encode() + bytes([0]*(4 + name.endswith('json')) + [i]) for i, (name, k) in enumerate(LAYOUTS.items())]
+    return [GOOD[which].encode()]
+
+
+def reader(which, minutes):
     "Run `guided` in a process of its own, with good files to begin with; gives what libFuzzer counted"
-    home = Path(corpus or tempfile.mkdtemp())
-    home.mkdir(parents=True, exist_ok=True)
-    kinds = {'lines': LINE_READERS, 'json': ('karpathy', 'coco'), 'folder': GOOD}[which]
-    for kind in kinds: (home/f'good_{kind}').write_text(GOOD[kind])
-    words = home.parent/f'{home.name}.dict'
-    words.write_text(''.join('"' + ''.join(f'\\x{b:02x}' for b in token) + '"\n' for token in TOKENS))
+    home = Path(tempfile.mkdtemp(prefix=which))
+    (home/'corpus').mkdir()
+    for i, raw in enumerate(begin_with(which)): (home/'corpus'/f'good_{i}').write_bytes(raw)
+    (home/'dict').write_text(''.join('"' + ''.join(f'\\x{b:02x}' for b in token) + '"\n' for token in TOKENS))
     arguments = [f'-max_total_time={round(60*minutes)}', '-max_len=2000', f'-timeout={HANG}', '-rss_limit_mb=2048', '-print_final_stats=1',
-                 f'-dict={words}', f'-artifact_prefix={home}_', str(home)]
+                 f'-dict={home}/dict', f'-artifact_prefix={home}/found_', str(home/'corpus')]
     start = time.time()
     r = subprocess.run([sys.executable, __file__, 'guided', which, *arguments], capture_output=True, text=True, errors='replace')
     said = r.stderr + r.stdout
     if r.returncode: raise SystemExit(f'{which}: {said[-6000:]}')
     stat = lambda name: int(re.search(rf'stat::{name}:\s+(\d+)', said)[1])
-    ways = re.findall(r'cov: (\d+)', said)
-    return {'readers': list(LINE_READERS) if which == 'lines' else ['karpathy', 'coco'] if which == 'json' else
-            ['load_dataset', 'read_split_lists', *LAYOUTS], 'minutes': round((time.time() - start)/60, 1),
-            'files': stat('number_of_executed_units'), 'edges': int(ways[-1]), 'edges_at_start': int(ways[0]),
-            'corpus': len(list(home.iterdir())), 'peak_mb': stat('peak_rss_mb'), 'crashes': 0, 'hangs': 0, 'mixed_up': 0}
+    ways, at_start = re.findall(r'cov: (\d+)', said), re.search(r'INITED cov: (\d+)', said)
+    shutil.rmtree(home)
+    return {'minutes': round((time.time() - start)/60, 1), 'files': stat('number_of_executed_units'), 'edges_at_start': int(at_start[1]),
+            'edges': int(ways[-1]), 'peak_mb': stat('peak_rss_mb'), 'crashes': 0, 'hangs': 0, 'mixed_up': 0}
+
+
+def readers(which, minutes, at_once):
+    "Each of these readers by itself; yields (its name, what was counted) as they come to an end"
+    with ThreadPoolExecutor(at_once) as pool:
+        for name, found in zip(which, pool.map(partial(reader, minutes=minutes), which)): yield name, found
 
 
 # --- photos
@@ -545,15 +566,15 @@ def main():
     parser.add_argument('what', choices=['images', 'captions', 'readers', 'million'])
     parser.add_argument('--n', type=int, default=10_000)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--which', choices=['lines', 'json', 'folder'], default='lines')
+    parser.add_argument('--which', nargs='+', choices=READERS, default=READERS)
     parser.add_argument('--minutes', type=float, default=20)
-    parser.add_argument('--corpus')
+    parser.add_argument('--at-once', type=int, default=1)
     parser.add_argument('--out')
     a = parser.parse_args()
     if a.what == 'captions': keep(a.out, 'captions', captions(a.n, a.seed))
     if a.what == 'images': keep(a.out, 'images', images(a.n, a.seed))
     if a.what == 'million': keep(a.out, 'a_million_lines', many_lines(1_000_000))
-    if a.what == 'readers': keep(a.out, f'guided_{a.which}', readers(a.which, a.minutes, a.corpus))
+    for name, found in readers(a.which, a.minutes, a.at_once) if a.what == 'readers' else (): keep(a.out, f'guided_{name}', found)
 
 
 if __name__ == '__main__': main()
