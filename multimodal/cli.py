@@ -22,7 +22,7 @@ from .wiring import (captioner, config_to_train, data_to_measure, draw_file, in_
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
 References = Param('what people wrote: COCO annotations JSON, or text files, line n for line n', str, nargs='+')
-Settings = Param('other settings, as stage=3 dropout=0.2; put them last', str, nargs='*')
+Settings = Param('other settings, as stage=3 dropout=0.2; put them last', str, action='extend', nargs='*')
 
 # %% ../nbs/40_cli.ipynb #0148d8b5
 @command

@@ -20,9 +20,10 @@ def beside(folder: Path, what: str) -> Path: return folder.with_name(f'.{folder.
 def recover_folder(
     folder: Path,  # a folder written by `atomic_folder`
 ) -> Path:         # the same
-    "Undo an exchange of folders that a crash cut short; called before writing"
+    "Undo an exchange of folders that a crash cut short; called before writing. Raises `UserError` for a file"
     folder = Path(folder)
     before, old = beside(folder, 'before'), beside(folder, 'old')
+    if folder.exists() and not folder.is_dir(): raise UserError(f'{folder} is a file, where a folder was wanted')
     if before.exists() and not folder.exists(): os.rename(before, folder)
     if old.exists() and not before.exists(): os.rename(old, before)
     shutil.rmtree(old, ignore_errors=True)
@@ -41,12 +42,14 @@ def seal(
     folder: Path,  # gets a list of checksums
     *names: str,   # files in it; none: all that are there, however deep
 ):
-    "Note the checksums of files beside them"
+    "Note the checksums of files beside them. Raises `UserError` for a name that is not one line"
     folder = Path(folder)
-    there = (p for p in folder.rglob('*') if p.is_file() and p.name != SUMS)
+    there = (p for p in folder.rglob('*') if p.is_file() and p != folder/SUMS)
     found = names or sorted(p.relative_to(folder).as_posix() for p in there)
+    if bad := [name for name in found if '\n' in name or '\r' in name]:
+        raise UserError(f'{folder}: {bad[0]!r} is no name for a list of checksums, which has one a line')
     lines = [f'{checksum_of(folder/name)}  {name}\n' for name in found] + [f'# {len(found)} files\n']
-    with atomic_write(folder/SUMS) as new: new.write_text(''.join(lines), encoding='utf-8', newline='\n')
+    with atomic_write(folder/SUMS) as new: new.write_bytes(''.join(lines).encode(errors='surrogateescape'))
 
 # %% ../nbs/09a_durable.ipynb #30b6a92a
 def damage(
@@ -56,15 +59,18 @@ def damage(
     "What is wrong with the files of a folder, by the checksums beside them"
     sums = Path(folder)/SUMS
     if not sums.exists(): return None
+    broken = f'{sums} is cut short or spoilt'
     try:
-        *lines, end, rest = sums.read_bytes().decode().split('\n')
-        if (end, rest) != (f'# {len(lines)} files', ''): return f'{sums} is cut short or spoilt'
+        text = sums.read_bytes().decode(errors='surrogateescape') if sums.is_file() else ''
+        *lines, end, rest = text.replace('\r\n', '\n').split('\n')
+        if (end, rest) != (f'# {len(lines)} files', ''): return broken
         for line in (line for line in lines if not only or line[66:] in only):
             path = sums.parent/line[66:]
+            if path == sums.parent or '..' in path.relative_to(sums.parent).parts: return broken
+            if not path.is_file(): return f'{path} is not there'
             if f'{checksum_of(path)}  {line[66:]}' != line: return f'{path} is not as it was written'
-    except FileNotFoundError as e: return f'{e.filename} is not there'
     except OSError as e: return f'{e.filename} cannot be read ({e.strerror})'
-    except ValueError: return f'{sums} is cut short or spoilt'                         # not even text
+    except ValueError: return broken                                       # not even two lines, or not below the folder
     return None
 
 # %% ../nbs/09a_durable.ipynb #7b1f17f4
@@ -72,7 +78,7 @@ def whole_folder(
     folder: Path,  # written by `atomic_folder`
     say=aside,     # called with a line where the state before has to do
 ) -> Path:         # it, or the one before
-    "The newest state whose files are as they were written. Raises `UserError` where all are spoilt."
+    "The newest state whose files are as written; `folder` where there is none. Raises `UserError` where all are spoilt"
     folder, wrong = Path(folder), None
     for place in (folder, beside(folder, 'before'), beside(folder, 'old')):
         if not place.is_dir(): continue
@@ -103,11 +109,12 @@ def atomic_folder(
         os.rename(new, folder)
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError, UserError) as e:
-        with suppress(OSError): recover_folder(folder)
-        if isinstance(e, UserError) and not isinstance(e.__cause__, OSError): raise
-        why = reason(e.__cause__ or e)
-        raise UserError(f'cannot write {folder}: {why}; what was saved before is still whole') from e
+    except BaseException as e:                                          # Ctrl-C, too
+        with suppress(OSError, UserError): recover_folder(folder)
+        cause = e.__cause__ if isinstance(e, UserError) else e
+        if not isinstance(cause, (OSError, SafetensorError)): raise
+        kept = '; what was saved before is still whole'*folder.exists()
+        raise UserError(f'cannot write {folder}: {reason(cause)}{kept}') from e
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../nbs/09a_durable.ipynb #619399a4
@@ -120,15 +127,18 @@ def only_one(
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     lock = FileLock(folder/'.lock', is_singleton=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            if (folder/'.lock').exists(): break
+            lock.release()                       # on a file that another process has just taken away: once more
     except Timeout:
         raise UserError(f'{folder}: another process is at work there; wait for it, or choose another folder') from None
-    except OSError as e: raise UserError(f'{folder}: cannot be written to ({reason(e)})') from None
+    except OSError as e: raise UserError(f'{folder}: cannot be written to ({e.strerror or e})') from None
     try: yield
     finally:
+        sweep(folder, missing)                   # as long as nobody else can be in there
         lock.release()
-        if not lock.is_locked: sweep(folder, missing)
 
 def sweep(folder: Path, made: list):
     "Take away a lock in an otherwise empty folder, and the folders that were made for it"

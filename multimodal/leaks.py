@@ -6,13 +6,13 @@
 __all__ = ['shrunk', 'dhash', 'Looks', 'look_at', 'Copy', 'copies', 'words_of', 'seen_before', 'find_leaks', 'leak_lines']
 
 # %% ../nbs/02a_leaks.ipynb #bf4be9d4
-import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .core import UserError, load_image
 from .datasets import CaptionData
+from .download import checksum_of
 from .text import tokenize
 
 # %% ../nbs/02a_leaks.ipynb #2899305c
@@ -48,7 +48,7 @@ def look_at(
     for path in map(Path, paths):
         try: photo = load_image(path)
         except UserError as error: wrong = error; continue
-        found.append((path, hashlib.sha256(path.read_bytes()).hexdigest(), dhash(photo), shrunk(photo, 8, 8)))
+        found.append((path, checksum_of(path), dhash(photo), shrunk(photo, 8, 8)))
     if not found: raise wrong or UserError('leaks: there are no photos to look at')
     names, sums, bits, small = zip(*found)
     return Looks(list(names), list(sums), np.stack(bits), np.stack(small))

@@ -14,7 +14,8 @@ from .core import UserError, aside
 from .terminal import command, few_shapes, is_drawn, open_data, settings
 from .wiring import config_to_train, task_of
 
-Settings = Param('with features: settings as for mm_train, as stage=3 views=plain,flip; put them last', str, nargs='*')
+Settings = Param('with features: settings as for mm_train, as stage=3 views=plain,flip; put them last', str,
+                 action='extend', nargs='*')
 
 # %% ../nbs/40b_packing.ipynb #b40b000005
 def packed_photos(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Task', 'TrainedRun', 'keep_model', 'say_skipped', 'checked_loaders', 'train_run', 'make_trainer', 'prepare',
-           'first_model', 'write_recipe', 'start_from', 'read_task', 'read_config', 'open_run', 'history_of', 'ship']
+           'check_room', 'memory_here', 'first_model', 'write_recipe', 'start_from', 'read_task', 'read_config',
+           'open_run', 'history_of', 'ship']
 
 # %% ../nbs/10b_tasks.ipynb #c3ff9007
-import copy
+import copy, os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -114,9 +115,27 @@ def prepare(task, data, run, config, resume, init=None) -> tuple:  # configurati
         raise UserError(f'{run} was begun with other captions than those of {data.name}: resume with the same data')
     return config, vocab
 
+# %% ../nbs/10b_tasks.ipynb #fc9d1411
+def check_room(task: Task, config: DataConfig, n_words: int):
+    "Raise `UserError` naming the settings where a model cannot learn in this machine's memory, before any is taken"
+    plain = replace(config, weights='none') if hasattr(config, 'weights') else config
+    with torch.device('meta'): n = sum(p.numel() for p in task.build(plain, n_words).parameters())
+    need, have = 16*n, memory_here()                            # bytes: weights, gradients, two averages of each
+    if need <= have: return
+    sizes = 'embedding_dim', 'n_layers', 'text_layers', 'mend_layers', 'ff_mult', 'width', 'max_words'
+    said = ', '.join(f'{k} {getattr(config, k):,}' for k in sizes if hasattr(config, k))
+    raise UserError(f'settings: a model with {said} has {n:,} weights and needs {need/1e9:,.0f} GB to learn them; '
+                    f'this machine has {have/1e9:,.0f} GB')
+
+def memory_here() -> float:
+    "Bytes of memory that the machine has; infinite where nobody knows"
+    try: return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError): return float('inf')
+
 # %% ../nbs/10b_tasks.ipynb #e4f89a8d
 def first_model(task: Task, config: DataConfig, vocab: Vocab, device: str | None) -> torch.nn.Module:
     "The model as it is before training: random from the seed, or another run's"
+    check_room(task, config, len(vocab))
     set_seed(config.seed)
     model = task.build(config, len(vocab))
     if config.init: start_from(model, open_run(task, config.init))

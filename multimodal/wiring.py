@@ -11,14 +11,13 @@ __all__ = ['known_tasks', 'task_of', 'recipe_for', 'learning_on', 'config_to_tra
 from dataclasses import replace
 from pathlib import Path
 from .core import UserError, aside, atomic_write
-from .terminal import between_limits, changed, is_drawn, judge_drawn, open_data, shard_index
+from .terminal import between_limits, is_drawn, judge_drawn, open_data, shard_index
 
 # %% ../nbs/39d_wiring.ipynb #b2a9b3b7
 def known_tasks() -> dict:  # name → (`Task`, its recipe for drawn scenes, its recipe for photos)
     "All that `mm_train` can train"
     from multimodal.demo import SHAPES; from multimodal.recipe import PHOTOS
-    from multimodal.finder import FIND, FIND_SHAPES, RETRIEVAL
-    from multimodal.painter import PAINT, PAINT_SHAPES, PAINTING
+    from multimodal.finder import FIND, FIND_SHAPES, RETRIEVAL; from multimodal.painter import PAINT, PAINT_SHAPES, PAINTING
     from multimodal.runs import CAPTIONS, FINETUNE; from multimodal.scst import SCST
     return {'caption': (CAPTIONS, SHAPES, PHOTOS), 'finetune': (FINETUNE, None, None), 'scst': (SCST, None, None),
             'retrieve': (RETRIEVAL, FIND_SHAPES, FIND), 'paint': (PAINTING, PAINT_SHAPES, PAINT)}
@@ -39,6 +38,7 @@ def task_of(
 
 def recipe_for(task, data: str, given: dict):  # settings of the task
     "The recipe for this task and data, changed as asked. Raises `UserError` where it has to start from a run."
+    from multimodal.recipe import changed
     drawn, photos = next(recipes for known, *recipes in known_tasks().values() if known is task)
     if not photos: raise UserError('this task goes on from a captioner that is trained already: give --init RUN')
     kept = (shard_index(data).get('features') or {}).get('settings', {})     # features fit one kind of encoder only
@@ -64,7 +64,7 @@ def config_to_train(
     init: str | None = None,    # a run folder to start from
 ):                   # settings of the task
     "What to train with: those of the run that goes on or is started from, else a recipe; changed as asked"
-    from multimodal.scst import SCST; from multimodal.tasks import read_config
+    from multimodal.recipe import changed; from multimodal.scst import SCST; from multimodal.tasks import read_config
     if resume: return changed(read_config(resume, task), given)
     if not init: return recipe_for(task, data, given)
     config = changed(learning_on(task, read_config(init, task)), {'data': data, **given})

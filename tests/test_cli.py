@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from commands import call
 
 SCRIPTS = Path(sysconfig.get_path('scripts'))
 SMALL = ['image_size=32', 'stage=2', 'embedding_dim=32', 'n_layers=1']
@@ -89,7 +92,40 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
     assert 'warp' in go(device='warp', set=SMALL)
     assert 'config.json' in go(resume=True)
+    for large in ('embedding_dim=900000', 'ff_mult=1000000', 'image_size=1000000', 'n_layers=1000000', 'max_words=1000000'):
+        assert large.split('=')[0] in go(set=[s for s in SMALL if s.split('=')[0] not in large] + [large], device='cpu')
     assert not (tmp_path/'run').exists()
+
+
+def test_set_given_twice_counts_twice(tmp_path):
+    for first, then in (['stge=3'], ['n_layers=1']), (['stage=3'], ['n_layers=1', 'stage=2']):
+        status, _, err = call('mm_train', 'shapes:60', tmp_path/'run', '--epochs', '1', '--set', *first, '--set', *then)
+        assert status == 2 and ("'stge'" in err or '--set stage: is given twice' in err) and len(err.splitlines()) == 1
+
+
+def test_sigterm_while_features_are_computed_ends_with_a_line(capsys, tmp_path, monkeypatch):
+    from multimodal.cli import mm_train
+    from multimodal.features import FeatureCache
+    before = signal.getsignal(signal.SIGTERM)
+    def build(*args, **kw):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+    monkeypatch.setattr(FeatureCache, 'build', build)
+    with pytest.raises(SystemExit) as e: mm_train('shapes:60', str(tmp_path/'run'), epochs=1, set=SMALL + ['trainable=none'], device='cpu')
+    assert e.value.code == 130 and capsys.readouterr().err.strip() == 'mm_train: stopped'
+    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path/'run').exists()
+
+
+def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch):
+    from multimodal.cli import mm_train
+    errors = [MemoryError(), lambda: torch.empty(10**15), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has')]
+    for error, wanted in zip(errors, ('not enough memory: ', '4000000000000000 bytes', '20.00 GiB')):
+        def check(*args):
+            if callable(error): error()
+            raise error
+        monkeypatch.setattr('multimodal.tasks.check_room', check)
+        line = mistake(capsys, mm_train, 'shapes:60', str(tmp_path/'run'), epochs=1, set=SMALL, device='cpu')
+        assert 'not enough memory' in line and wanted in line and not (tmp_path/'run').exists()
 
 
 def test_a_run_is_not_overwritten(run, capsys):
@@ -470,7 +506,7 @@ def test_score_of_files_that_do_not_fit(capsys, tmp_path):
     from multimodal.cli import mm_score
     def file(name, text): (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode()); return str(tmp_path/name)
     hyp, ref = file('hyp.txt', 'a dog\na cat\n'), file('ref.txt', 'the dog\nthe cat\n')
-    assert 'no such file' in mistake(capsys, mm_score, hyp, [str(tmp_path/'gone.txt')])
+    assert 'No such file' in mistake(capsys, mm_score, hyp, [str(tmp_path/'gone.txt')])
     assert 'ends at 2' in mistake(capsys, mm_score, hyp, [ref, file('one.txt', 'a dog\n')])
     assert 'line 2' in mistake(capsys, mm_score, hyp, [file('blank.txt', 'a dog\n\n')])
     assert 'UTF-8' in mistake(capsys, mm_score, file('latin.txt', 'ein Hündchen\n'.encode('latin-1')), [ref])

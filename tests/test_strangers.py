@@ -628,7 +628,7 @@ def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(
     "200,000 numbers for each word would be terabytes; the file of weights says that it is not so"
     path, before = run/'best'/'config.json', fuzz.peak_anew()
     whole = json.loads(path.read_text())
-    for key, value in (('embedding_dim', 200_000), ('n_layers', 900_000), ('max_len', 900_000), ('ff_mult', 900_000)):
+    for key, value in (('embedding_dim', 200_000), ('n_layers', 900), ('max_len', 900_000), ('ff_mult', 900_000)):
         path.write_text(json.dumps({**whole, 'captioner': {**whole['captioner'], key: value}}))
         refused(lambda: load_captioner(run/'best'), 'model.safetensors')
     whole['captioner']['encoder']['image_size'] = 900_000

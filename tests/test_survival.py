@@ -1,5 +1,6 @@
 """Whatever happens to a training, what was saved is whole, and the run that goes on from there is the run never stopped."""
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
+import multimodal.durable
 import multimodal.runs
 from multimodal.core import UserError
-from multimodal.durable import only_one, whole_folder
+from multimodal.download import checksum_of
+from multimodal.durable import atomic_folder, damage, only_one, seal, whole_folder
 from multimodal.recipe import caption_loss
 from multimodal.tasks import train_run
 from multimodal.training import Trainer
@@ -132,3 +136,84 @@ def test_a_loss_that_is_no_number_stops_with_the_names_of_the_photos(data, tmp_p
     monkeypatch.undo()
     assert json.loads((whole_folder(tmp_path/'run'/'last')/'state.json').read_text())['state']['step'] == 2
     train_run(task, data, tmp_path/'run', config, resume=True, device='cpu', say=lambda line: None)
+
+
+@pytest.mark.parametrize('name', ['/dev/zero', '../secret', '', '.', 'pipe', 'link', 'sub/../../secret'])
+def test_a_list_of_checksums_leads_nobody_out_of_the_folder(tmp_path, name):
+    "The list may come from a stranger: a file without end, one elsewhere, a pipe that nobody writes to"
+    folder = tmp_path/'run'
+    (folder/'sub').mkdir(parents=True)
+    (tmp_path/'secret').write_text('mine')
+    os.mkfifo(folder/'pipe')
+    (folder/'link').symlink_to('/dev/zero')
+    digest = checksum_of(tmp_path/'secret')
+    (folder/'SHA256SUMS').write_text(f'{digest}  {name}\n# 1 files\n')
+    assert str(folder) in damage(folder)
+    (folder/'SHA256SUMS').unlink()
+    os.mkfifo(folder/'SHA256SUMS')
+    assert 'cut short or spoilt' in damage(folder)
+
+
+def test_names_in_a_list_of_checksums(tmp_path):
+    for name in ('a b', 'ü\u2028', os.fsdecode(b'\xff.txt'), '#', 'deep/SHA256SUMS'):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(repr(name))
+    seal(tmp_path)
+    listed = (tmp_path/'SHA256SUMS').read_bytes()
+    assert listed.endswith(b'# 5 files\n') and damage(tmp_path) is None
+    (tmp_path/'SHA256SUMS').write_bytes(listed.replace(b'\n', b'\r\n'))                            # by an editor
+    assert damage(tmp_path) is None
+    for path in list(tmp_path.rglob('*')):
+        if not path.is_file() or path == tmp_path/'SHA256SUMS': continue
+        whole = path.read_bytes()
+        path.write_text('other')
+        assert 'not as it was written' in damage(tmp_path)
+        path.write_bytes(whole)
+    (tmp_path/'two\nlines').touch()
+    with pytest.raises(UserError, match='one a line'): seal(tmp_path)
+
+
+def test_a_file_is_not_taken_for_a_folder(tmp_path):
+    (tmp_path/'mine').write_text('precious')
+    for _ in range(3):
+        with pytest.raises(UserError, match='is a file'):
+            with atomic_folder(tmp_path/'mine') as new: (new/'a').touch()
+    assert (tmp_path/'mine').read_text() == 'precious' and [p.name for p in tmp_path.iterdir()] == ['mine']
+
+
+def test_ctrl_c_between_the_renames_is_put_in_order(tmp_path, monkeypatch):
+    for text in 'one', 'two':
+        with atomic_folder(tmp_path/'a') as new: (new/'f').write_text(text)
+    real, renames = os.rename, []
+    for stop in 1, 2, 3:
+        def rename(*names):
+            renames.append(names)
+            real(*names)
+            if len(renames) == stop: raise KeyboardInterrupt
+        monkeypatch.setattr(os, 'rename', rename)
+        with pytest.raises(KeyboardInterrupt):
+            with atomic_folder(tmp_path/'a') as new: (new/'f').write_text('three')
+        monkeypatch.setattr(os, 'rename', real)
+        assert {p.name for p in tmp_path.iterdir()} == {'a', '.a.before'} and damage(tmp_path/'a') is None
+        assert (tmp_path/'a'/'f').read_text() == ('three' if stop == 3 else 'two')
+        renames.clear()
+
+
+def test_where_nothing_was_saved_nothing_is_said_to_be_whole(tmp_path):
+    with pytest.raises(UserError) as e:
+        with atomic_folder(tmp_path/'a'): raise OSError(28, 'No space left on device')
+    assert 'the disk is full' in str(e.value) and 'whole' not in str(e.value)
+
+
+def test_nobody_gets_in_while_a_lock_is_taken_away(tmp_path, monkeypatch):
+    run, tried = tmp_path/'run', []
+    real = multimodal.durable.sweep
+    def sweep(folder, made):
+        lock = FileLock(folder/'.lock')                                     # of its own, as in another process
+        try: lock.acquire(timeout=0)
+        except Timeout: tried.append('refused')
+        else: tried.append('got in')
+        real(folder, made)
+    monkeypatch.setattr(multimodal.durable, 'sweep', sweep)
+    with only_one(run): pass
+    assert tried == ['refused'] and not run.exists()
