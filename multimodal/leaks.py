@@ -45,7 +45,7 @@ def look_at(
 ) -> Looks:
     "Look at photos; what cannot be read is left out. Raises `UserError` where nothing can"
     found, wrong = [], None
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         try: photo = load_image(path)
         except UserError as error: wrong = error; continue
         found.append((path, checksum_of(path), dhash(photo), shrunk(photo, 8, 8)))
@@ -68,14 +68,13 @@ def copies(
     bits: int = 12, # most bits that may differ
     levels: int = 40, # most levels by which any of 8 × 8 places may differ
 ) -> list[Copy]: # for each of our photos that is there too, the nearest
-    "Photos that are in both splits, though perhaps saved anew, resized or a little brighter"
-    found, files = [], dict(zip(theirs.sums, range(len(theirs.sums))))
+    "Photos that are in both splits, though perhaps saved anew, resized, a little brighter or darker"
+    found = []
     for path, file, own, small in zip(*ours):
         apart = np.unpackbits(theirs.bits ^ own, axis=1).sum(1)                   # [M]
         near = (apart <= bits).nonzero()[0]
         colours = np.abs(theirs.small[near].astype(int) - small).max((1, 2, 3), initial=0)
         both = [(file != theirs.sums[i], c, apart[i], i) for i, c in zip(near, colours) if c <= levels]
-        if file in files: both.append((False, 0, 0, files[file]))
         if both:
             other, c, b, i = min(both)
             found.append(Copy(path, theirs.paths[i], not other, int(b), int(c)))
@@ -84,7 +83,7 @@ def copies(
 # %% ../nbs/02a_leaks.ipynb #75da8205
 def words_of(captions) -> Counter: # caption, as words with spaces between → how often
     "Captions without capitals and punctuation, counted"
-    return Counter(' '.join(tokenize(c)) for c in captions)
+    return Counter(words for c in captions if (words := ' '.join(tokenize(c))))
 
 def seen_before(
     captions, # of one split
@@ -105,7 +104,8 @@ def find_leaks(
     if split == against: raise UserError(f'leaks: {split} cannot be compared with itself; choose another split')
     ours, theirs = (look_at(item.image for item in data[s]) for s in (split, against))
     seen, common = seen_before(data.captions(split), data.captions(against))
-    return {'split': split, 'against': against, 'n_images': len(ours.paths),
+    unread = len(data[split]) + len(data[against]) - len(ours.paths) - len(theirs.paths)
+    return {'split': split, 'against': against, 'n_images': len(ours.paths), 'unread': unread,
             'photos': [{**c._asdict(), 'image': c.image.name, 'other': c.other.name} for c in copies(ours, theirs)],
             'n_captions': len(list(data.captions(split))), 'captions': seen, 'commonest': [list(c) for c in common[:5]]}
 
@@ -118,7 +118,8 @@ def leak_lines(
     split, against, photos, n = found['split'], found['against'], found['photos'], found['n_captions']
     show = '; '.join(f'{p["image"]} is {p["other"]}' for p in photos[:3]) + '; …'*(len(photos) > 3)
     lines = [f'leaks: {len(photos)} of {found["n_images"]:,} photos of {split} are in {against}, too'
-             + f': {show}'*bool(photos)]
-    common = ''.join(f'; {c!r} {k} time{"s"*(k != 1)}' for c, k in found['commonest'][:1])
-    return lines + [f'leaks: {found["captions"]:,} of {n:,} captions of {split} ({found["captions"]/n:.1%}) stand word '
-                    f'for word in {against}{common}']
+             + f': {show}'*bool(photos)
+             + f'; {found["unread"]} could not be read and were not compared'*bool(found['unread'])]
+    common = ''.join(f'; {c!r} stands there {k} time{"s"*(k != 1)}' for c, k in found['commonest'][:1])
+    return lines + [f'leaks: {found["captions"]:,} of {n:,} captions of {split} ({found["captions"]/max(n, 1):.1%}) '
+                    f'stand word for word in {against}{common}']

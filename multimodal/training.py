@@ -145,6 +145,7 @@ def load(self: Trainer):
     self.state, self.started = state, time.monotonic()
     history = next(p for p in (last/'history.jsonl', self.folder/'history.jsonl') if p.exists() or p.parent != last)
     self.history = [r for r in read_history(history) if r['epoch'] <= state.epoch]
+    self.say(f'going on after step {state.step:,} of {self.n_steps:,}')
 
 # %% ../nbs/10_training.ipynb #9506cc92
 @patch

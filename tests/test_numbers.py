@@ -107,7 +107,7 @@ def test_a_captioner_with_random_weights_or_one_that_sees_nothing_is_said(run, w
     mm_validate(str(tmp_path/'run'), beam=2, device='cpu', json=True)
     scores = json.loads(capsys.readouterr().out)
     assert scores['doubts'] and scores['cider'] < scores['floor']['cider']
-    if what == 'blind': assert scores['variety']['different'] == 1 and '1 different captions for 20' in scores['doubts'][0]
+    if what == 'blind': assert scores['variety']['different'] == 1 and '1 different caption for 20' in scores['doubts'][0]
 
 
 def test_scores_of_somebodys_captions_are_doubted_too(tmp_path, capsys, monkeypatch):

@@ -226,7 +226,9 @@ def test_stopped_and_resumed_equals_never_stopped(data, trained, tmp_path, monke
     monkeypatch.undo()
     if call == 3:
         with pytest.raises(UserError, match='no best/ yet'): load_run(tmp_path/'run')
-    resumed = train_captions(data, tmp_path/'run', resume=True, device='cpu', say=quiet)
+    said = []
+    resumed = train_captions(data, tmp_path/'run', resume=True, device='cpu', say=said.append)
+    assert sum(line.startswith(f'going on after step {call} of ') for line in said) == 1
     straight = load_run(trained, device='cpu')
     assert same_weights(resumed, straight)
     assert [r['dev_loss'] for r in resumed.history] == [r['dev_loss'] for r in straight.history]

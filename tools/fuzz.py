@@ -6,6 +6,7 @@ stand in tests/test_strangers.py.
     python tools/fuzz.py readers --minutes 20 --at-once 2 --out …  the same guided by coverage, a process for each reader in turn
                                                                    (pip install atheris)
     python tools/fuzz.py million --out …                           a caption file of a million lines, and its peak of memory
+    python tools/fuzz.py largest --out …                           the largest photo that is let in, and its peak of memory
 
 A reading is right where every pair of photo and caption that comes out stands so in the file that went in, found there by code
 that shares nothing with the readers."""
@@ -13,6 +14,7 @@ import argparse
 import faulthandler
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +67,18 @@ def patience(seconds=HANG):
 def one_line(error, path):
     "Is it a message as we want them: one line without control characters that names the file?"
     assert str(path) in str(error) and not re.search('[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]', str(error)), repr(str(error))
+
+
+TROUBLE = {Hang: 'hangs', AssertionError: 'read_wrong'}                                   # any other error is a crash
+
+
+def what_came(check, *args):
+    "Of a file: 'read' rightly, 'refused' in one line, 'hangs', 'read_wrong' or 'crashes'; the traceback of the last three is shown"
+    try:
+        with patience(): return 'read' if check(*args) is not None else 'refused'
+    except (Hang, Exception) as error:
+        traceback.print_exc()
+        return TROUBLE.get(type(error), 'crashes')
 
 
 def peak_mb():
@@ -276,18 +291,17 @@ def caption_round(root, rng):
     for kind in (*LINE_READERS, 'karpathy', 'coco'):
         raw = broken(kind, rng)
         path.write_bytes(raw)
-        with patience():
-            got = check_karpathy(path, raw) if kind == 'karpathy' else check_coco(path, raw) if kind == 'coco' else check_lines(path, raw, kind)
-        seen[kind] = got is not None
+        check = {'karpathy': check_karpathy, 'coco': check_coco}.get(kind) or partial(check_lines, kind=kind)
+        seen[kind] = what_came(check, path, raw)
     raws = {s: mutated(GOOD['lists'].encode()[:20*i], rng) for i, s in enumerate(('train', 'dev', 'test')) if rng.random() < .8}
     lists = root/'lists'
     lists.mkdir(exist_ok=True)
     for old in lists.iterdir(): old.unlink()
     for split, content in raws.items(): (lists/f'Flickr_8k.{split}Images.txt').write_bytes(content)
-    with patience(): seen['lists'] = check_lists(lists, raws) is not None
+    seen['lists'] = what_came(check_lists, lists, raws)
     layout = rng.choice(list(LAYOUTS))
     raw = broken(rng.choice((LAYOUTS[layout],)*20 + tuple(GOOD)), rng)
-    with patience(): seen['folder'] = check_folder(root/'data', layout, raw, raws if rng.random() < .5 else {}) is not None
+    seen['folder'] = what_came(check_folder, root/'data', layout, raw, raws if rng.random() < .5 else {})
     return seen
 
 
@@ -295,11 +309,11 @@ def captions(n, seed):
     rng, root, read, start = random.Random(seed), Path(tempfile.mkdtemp(dir=fast_folder())), Counter(), time.time()
     make_folder(root/'data')
     try:
-        for _ in range(n): read.update(k for k, ok in caption_round(root, rng).items() if ok)
+        for _ in range(n): read.update(caption_round(root, rng).items())
     finally: shutil.rmtree(root)
-    return {'files_for_each_reader': n, 'seed': seed, 'read_rightly': dict(sorted(read.items())),
-            'refused_in_one_line': {k: n - read[k] for k in READERS},
-            'crashes': 0, 'hangs': 0, 'mixed_up': 0, 'peak_mb': peak_mb(), 'seconds': round(time.time() - start)}
+    of = lambda what: {k: read[k, what] for k in READERS}
+    return {'files_for_each_reader': n, 'seed': seed, 'read_rightly': of('read'), 'refused_in_one_line': of('refused'),
+            **{what: of(what) for what in ('crashes', 'hangs', 'read_wrong')}, 'peak_mb': peak_mb(), 'seconds': round(time.time() - start)}
 
 
 def many_lines(n):
@@ -327,6 +341,28 @@ before, start = mb(), time.time()
 rows = read_rows(Path(sys.argv[1]), official_row, 'form', Counter())
 read, captions = mb(), gather_captions(rows, Counter())
 print(before, read, mb(), sum(map(len, captions.values())), time.time() - start)
+"""
+
+
+def largest_photo():
+    "Time and memory of a process of its own that loads a see-through PNG with as many pixels as are let in"
+    from PIL import Image
+    side, root = math.isqrt(Image.MAX_IMAGE_PIXELS), Path(tempfile.mkdtemp(dir=fast_folder()))
+    try:
+        Image.new('RGBA', (side, side), (200, 100, 50, 90)).save(root/'a.png')
+        size = (root/'a.png').stat().st_size
+        r = subprocess.run([sys.executable, '-c', WEIGH_PHOTO, root/'a.png'], capture_output=True, text=True, check=True)
+    finally: shutil.rmtree(root)
+    peak, seconds = map(float, r.stdout.split())
+    return {'side': side, 'file_kb': round(size/1000), 'peak_mb': round(peak), 'seconds': round(seconds, 1)}
+
+
+WEIGH_PHOTO = """
+import resource, sys, time
+from multimodal.core import load_image
+start = time.time()
+load_image(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, time.time() - start)
 """
 
 
@@ -414,7 +450,7 @@ def begin_with(which):
 
 
 def reader(which, minutes):
-    "Run `guided` in a process of its own, with good files to begin with; gives what libFuzzer counted"
+    "Run `guided` in a process of its own, with good files to begin with; gives what libFuzzer counted. It stops at the first it finds"
     home = Path(tempfile.mkdtemp(prefix=which))
     (home/'corpus').mkdir()
     for i, raw in enumerate(begin_with(which)): (home/'corpus'/f'good_{i}').write_bytes(raw)
@@ -424,12 +460,12 @@ def reader(which, minutes):
     start = time.time()
     r = subprocess.run([sys.executable, __file__, 'guided', which, *arguments], capture_output=True, text=True, errors='replace')
     said = r.stderr + r.stdout
-    if r.returncode: raise SystemExit(f'{which}: {said[-6000:]}')
+    if r.returncode: print(f'{which}: {said[-6000:]}', file=sys.stderr)
     stat = lambda name: int(re.search(rf'stat::{name}:\s+(\d+)', said)[1])
-    ways, at_start = re.findall(r'cov: (\d+)', said), re.search(r'INITED cov: (\d+)', said)
-    shutil.rmtree(home)
+    ways, at_start, bad = re.findall(r'cov: (\d+)', said), re.search(r'INITED cov: (\d+)', said), len(list(home.glob('found_*')))
+    if not bad: shutil.rmtree(home)
     return {'minutes': round((time.time() - start)/60, 1), 'files': stat('number_of_executed_units'), 'edges_at_start': int(at_start[1]),
-            'edges': int(ways[-1]), 'peak_mb': stat('peak_rss_mb'), 'crashes': 0, 'hangs': 0, 'mixed_up': 0}
+            'edges': int(ways[-1]), 'peak_mb': stat('peak_rss_mb'), 'bad_files': max(bad, r.returncode != 0)}
 
 
 def readers(which, minutes, at_once):
@@ -525,11 +561,10 @@ def mutated_photo(kind, raw, rng):
 
 def check_photo(path):
     "A photo in RGB, or one line that names the file; gives which"
-    with patience():
-        try: photo = load_image(path)
-        except UserError as error: return one_line(error, path)
-        assert photo.mode == 'RGB' and photo.width*photo.height > 0
-        photo.tobytes()
+    try: photo = load_image(path)
+    except UserError as error: return one_line(error, path)
+    assert photo.mode == 'RGB' and photo.width*photo.height > 0
+    photo.tobytes()
     return photo
 
 
@@ -541,18 +576,23 @@ def images(n, seed, seeds=seeds):
             kind, raw = good[i % len(good)]
             (root/'a.jpg').write_bytes(mutated_photo(kind, raw, rng))
             began = time.time()
-            read[f'{kind}_{"read" if check_photo(root/"a.jpg") else "refused_in_one_line"}'] += 1
+            read[kind, what_came(check_photo, root/'a.jpg')] += 1
             slowest = max(slowest, time.time() - began)
     finally: shutil.rmtree(root)
-    return {'files': n, 'seed': seed, **dict(sorted(read.items())), 'crashes': 0, 'hangs': 0, 'slowest_seconds': round(slowest, 2),
-            'peak_mb': peak_mb(), 'peak_mb_before': before, 'seconds': round(time.time() - start)}
+    kinds = {kind: {what: read[kind, what] for what in ('read', 'refused', 'crashes', 'hangs', 'read_wrong')} for kind in ('JPEG', 'PNG')}
+    return {'files': n, 'seed': seed, 'by_kind': kinds, 'slowest_seconds': round(slowest, 2), 'peak_mb': peak_mb(), 'peak_mb_before': before,
+            'seconds': round(time.time() - start)}
 
 
 # --- the command line
 
+TROUBLES, STATUS = ('crashes', 'hangs', 'read_wrong', 'bad_files'), []
+
+
 def keep(out, name, found):
     about = f'Python {platform.python_version()}, {os.cpu_count()} cores, one used'
     print(json.dumps({name: found}, indent=1, ensure_ascii=False))
+    if in_trouble(found): STATUS.append(name)
     if not out: return
     kept = json.loads(Path(out).read_text()) if Path(out).exists() else {}
     new = {name: {'command': 'python tools/fuzz.py ' + ' '.join(sys.argv[1:]), 'on': about, **found}}
@@ -560,10 +600,16 @@ def keep(out, name, found):
     Path(out).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + '\n')
 
 
+def in_trouble(found, counts=False):
+    "Is anything counted, in any of these dictionaries, that must not be?"
+    bad = lambda k: counts or k in TROUBLES
+    return any(in_trouble(v, bad(k)) if isinstance(v, dict) else bad(k) and v for k, v in found.items())
+
+
 def main():
     if GUIDED: return guided(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('what', choices=['images', 'captions', 'readers', 'million'])
+    parser.add_argument('what', choices=['images', 'captions', 'readers', 'million', 'largest'])
     parser.add_argument('--n', type=int, default=10_000)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--which', nargs='+', choices=READERS, default=READERS)
@@ -574,7 +620,9 @@ def main():
     if a.what == 'captions': keep(a.out, 'captions', captions(a.n, a.seed))
     if a.what == 'images': keep(a.out, 'images', images(a.n, a.seed))
     if a.what == 'million': keep(a.out, 'a_million_lines', many_lines(1_000_000))
+    if a.what == 'largest': keep(a.out, 'the_largest_photo', largest_photo())
     for name, found in readers(a.which, a.minutes, a.at_once) if a.what == 'readers' else (): keep(a.out, f'guided_{name}', found)
+    if STATUS: sys.exit(f'not as it should be: {", ".join(STATUS)}')
 
 
 if __name__ == '__main__': main()
