@@ -14,15 +14,15 @@ from fastcore.script import Param
 
 from .core import UserError, list_images, visible
 from .results import check_name, write_result
-from .terminal import (between_limits, command, few_shapes, home, is_drawn, open_data, pair_coco, pair_lines,
-                                 print_json, quiet, say_left_out, say_what_is_missing, settings)
-from .wiring import (captioner, config_to_train, data_to_measure, draw_file, in_words, measure, opened,
-                               task_of, what_next)
+from .scoring import between_limits, pair_coco, pair_lines, say_what_is_missing
+from .terminal import (command, data_to_measure, few_shapes, home, is_drawn, open_data, print_json, quiet,
+                                 say_left_out, settings)
+from .wiring import captioner, config_to_train, draw_file, in_words, measure, opened, task_of, what_next
 
 # %% ../nbs/40_cli.ipynb #476d5776
 Photos = Param('photos, or folders of photos', str, nargs='+')
 References = Param('what people wrote: COCO annotations JSON, or text files, line n for line n', str, nargs='+')
-Settings = Param('other settings, as stage=3 dropout=0.2; put them last', str, action='extend', nargs='*')
+Settings = Param('other settings, as stage=3 dropout=0.2; put them last', str, action='extend', nargs='+')
 
 # %% ../nbs/40_cli.ipynb #0148d8b5
 @command
@@ -197,10 +197,9 @@ def mm_search(
         finder = load_finder(Path(run), weights, device)
         kept = index_file(home()/'search', images, run)
         found = find_photos(finder, images, kept, sentence, k, sys.stderr.isatty())
-        if sheet: contact_sheet(found, Path(sheet))
-    if json: return print_json(found)
-    for r in found: print(f'{r["score"]:6.3f}  {visible(r["image"])}')
-    if sheet: print(f'look at {sheet}')
+    if json: print_json(found)
+    for r in [] if json else found: print(f'{r["score"]:6.3f}  {visible(r["image"])}')
+    if sheet: contact_sheet(found, Path(sheet)); json or print(f'look at {sheet}')         # last: all else is out by now
 
 # %% ../nbs/40_cli.ipynb #1a24f64a
 @command

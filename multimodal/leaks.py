@@ -99,12 +99,15 @@ def find_leaks(
     data: CaptionData,
     split: str = 'test',
     against: str = 'train', # the split that was learned from
+    learned: CaptionData|None = None, # the data that it is of; None: the same data
 ) -> dict: # plain values: photos that are in both, and captions of `split` that stand in `against`
     "Look for photos and captions of a split in another. Raises `UserError` for a split that is not there"
-    if split == against: raise UserError(f'leaks: {split} cannot be compared with itself; choose another split')
-    ours, theirs = (look_at(item.image for item in data[s]) for s in (split, against))
-    seen, common = seen_before(data.captions(split), data.captions(against))
-    unread = len(data[split]) + len(data[against]) - len(ours.paths) - len(theirs.paths)
+    both = data[split], (learned := learned or data)[against]
+    if both[0] == both[1]: raise UserError(f'leaks: {split} cannot be compared with itself; choose another split')
+    ours, theirs = (look_at(item.image for item in items) for items in both)
+    seen, common = seen_before(data.captions(split), learned.captions(against))
+    unread = sum(map(len, both)) - len(ours.paths) - len(theirs.paths)
+    against += f' of {learned.name}'*(learned.name != data.name)
     return {'split': split, 'against': against, 'n_images': len(ours.paths), 'unread': unread,
             'photos': [{**c._asdict(), 'image': c.image.name, 'other': c.other.name} for c in copies(ours, theirs)],
             'n_captions': len(list(data.captions(split))), 'captions': seen, 'commonest': [list(c) for c in common[:5]]}

@@ -15,7 +15,7 @@ from .terminal import command, few_shapes, is_drawn, open_data, settings
 from .wiring import config_to_train, task_of
 
 Settings = Param('with features: settings as for mm_train, as stage=3 views=plain,flip; put them last', str,
-                 action='extend', nargs='*')
+                 action='extend', nargs='+')
 
 # %% ../nbs/40b_packing.ipynb #b40b000005
 def packed_photos(

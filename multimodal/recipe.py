@@ -45,7 +45,8 @@ class DataConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for v in self.views.split(','): check_view(v)
+        for v in (views := self.views.split(',')): check_view(v)
+        if len(set(views)) < len(views): raise UserError(f'views {self.views}: one of them comes twice')
         known = vars(self)
         checks = [(known[k] >= 1, k, '1 or more') for k in
                   ('batch_size', 'groups', 'max_words', 'min_count', 'embedding_dim')]
@@ -87,6 +88,8 @@ class RunConfig(PhotoConfig):
         self.captioner(vocab_size=5)
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f'label_smoothing must be in [0, 1), not {self.label_smoothing!r}')
+        if not -10 <= self.length_penalty <= 10:
+            raise UserError(f'length_penalty must be in [-10, 10], not {self.length_penalty!r}')
         if self.samples < 0 or self.samples == 1:
             raise UserError(f'samples must be 0, or 2 and more to be compared, not {self.samples}')
         if self.samples and self.captions_per_image:

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 import torch
 from .checkpoint import check_free, kept_state, read_history, write_history
 from .core import UserError, aside, get_device, place, read_json, set_seed, write_json
@@ -93,7 +94,7 @@ def make_trainer(task, data, run, config, vocab, resume, cache, device, say) -> 
     say('; '.join(' '.join(line.split()) for line in data.summary().splitlines()))
     batches_of = partial(checked_loaders, model, data, config, vocab, cache)
     loaders = batches_of(place())                                             # its share of each batch
-    keep, hint = partial(keep_model, vocab), f'mm_train {config.data or "DATA"} {run} --resume'
+    keep, hint = partial(keep_model, vocab), f'mm_train {quote(config.data or "DATA")} {quote(str(run))} --resume'
     if task.before and not (resume or config.init):
         task.before(model, (loaders if place()[1] == 1 else batches_of())[0], config, say)
     return Trainer(model, task.loss(config, loaders[0]), *loaders, config, run, keep, device, say, hint)
@@ -109,6 +110,7 @@ def prepare(task, data, run, config, resume, init=None) -> tuple:  # configurati
     if init: config = replace(config, init=str(init))
     if config.init: vocab = open_run(task, config.init).vocab
     else: vocab = Vocab.build(data.captions('train'), config.min_count)
+    if not vocab.words[4:]: raise UserError(f'min_count {config.min_count:,}: no word comes so often')
     if resume: kept_state(run, config, lambda line: None)          # the trainer will say it
     else: check_free(run)
     if resume and Vocab.load(run/'vocab.json').fingerprint() != vocab.fingerprint():

@@ -84,7 +84,7 @@ def check(self: Trainer, what: str, value: float, batch=None):
     when = f'at step {self.state.step + 1}' if batch is not None else f'after step {self.state.step}'
     names = ', '.join(getattr(batch, 'names', ()))
     raise UserError(f'the {what} became {value} {when}{" with " if names else ""}{names}; lower lr or raise warmup'
-                    + '; the state saved last is whole'*bool(self.folder))
+                    + '; the state saved last is whole'*bool(self.folder and (self.folder/'last').exists()))
 
 @patch
 def train_step(self: Trainer, batch) -> float:  # the mean loss of the batch

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -59,7 +60,12 @@ def test_help_explains_every_option(name):
 def test_unknown_option_and_missing_argument_end_with_status_2():
     for args in (['mm_train', 'shapes', 'x', '--epoch', '3', '--fast'], ['mm_validate'], ['mm_train', 'shapes', 'x', '--epochs', 'many']):
         r = shell(*args)
-        assert (r.returncode, r.stdout) == (2, '') and 'error:' in r.stderr and 'Traceback' not in r.stderr
+        assert (r.returncode, r.stdout, len(r.stderr.splitlines())) == (2, '', 1) and r.stderr.startswith(f'{args[0]}: ')
+    assert 'did you mean --epochs?' in call('mm_train', 'shapes', 'x', '--epoch', '3')[2]             # and does not take it for that
+    assert 'write ./-red.jpg' in call('mm_caption', '-red.jpg')[2]
+    for args in (['mm_score', '', 'a.txt'], ['mm_train', 'shapes', ''], ['mm_caption', 'a.jpg', '--run', ''], ['mm_draw', '']):
+        status, out, err = call(*args)
+        assert status == 2 and 'is empty' in err and len(err.splitlines()) == 1
 
 
 def test_typos_in_data(capsys, tmp_path):
@@ -92,6 +98,8 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
     assert 'warp' in go(device='warp', set=SMALL)
     assert 'config.json' in go(resume=True)
+    for wrong in ('data=shapes:80', 'init=x', 'views=plain,plain', 'length_penalty=1e200', 'min_count=100000'):
+        assert wrong.split('=')[0] in go(set=SMALL + [wrong], device='cpu')
     for large in ('embedding_dim=900000', 'ff_mult=1000000', 'image_size=1000000', 'n_layers=1000000', 'max_words=1000000'):
         assert large.split('=')[0] in go(set=[s for s in SMALL if s.split('=')[0] not in large] + [large], device='cpu')
     assert not (tmp_path/'run').exists()
@@ -565,3 +573,29 @@ def test_ctrl_c_says_how_to_go_on_and_resuming_does(home, tmp_path):
     assert (tmp_path/'run'/'last').is_dir() and (tmp_path/'run'/'config.json').is_file()
     r = shell('mm_train', 'shapes:60', tmp_path/'run', '--resume', '--epochs', '3')
     assert r.returncode == 2 and 'epochs' in (line := r.stderr.splitlines()[-1]) and 'init' in line
+
+
+def test_what_cannot_be_kept_is_said_before_anything_is_measured(run, home, capsys, tmp_path, monkeypatch):
+    from multimodal.cli import mm_search, mm_validate
+    monkeypatch.setattr('multimodal.cli.measure', lambda *args: pytest.fail('was measured'))
+    (tmp_path/'folder.json').mkdir()
+    for out in ('/proc/x.json', str(tmp_path/'folder.json'), str(tmp_path/'x.txt')):
+        assert out in mistake(capsys, mm_validate, str(run), out=out, device='cpu')
+
+
+def test_closed_output_is_no_reason_to_fail(tmp_path):
+    (tmp_path/'a.txt').write_text('a dog\n')
+    r = subprocess.run(f'{SCRIPTS/"mm_score"} {tmp_path/"a.txt"} {tmp_path/"a.txt"} >&-', shell=True, stderr=subprocess.PIPE, text=True)
+    assert r.returncode == 0 and 'Traceback' not in r.stderr
+    with open('/dev/full', 'w') as full: assert subprocess.run([SCRIPTS/'mm_score', 'nowhere', 'nowhere'], stderr=full).returncode == 2
+
+
+def test_a_second_ctrl_c_does_not_wait_for_threads():
+    code = ('import threading, time\nfrom multimodal.terminal import command\nthread = threading.Thread(target=time.sleep, args=(60,))\n'
+            'def slow():\n    thread.start(); print("begun", flush=True)\n    try: time.sleep(60)\n'
+            '    finally: print("waiting", flush=True); thread.join()\ncommand(slow)()')
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for kind, line in (signal.SIGTERM, 'begun\n'), (signal.SIGINT, 'waiting\n'):
+        assert p.stdout.readline() == line
+        p.send_signal(kind)
+    assert p.communicate(timeout=10)[1] == 'stopped at once\n' and p.returncode == 130

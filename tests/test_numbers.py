@@ -233,8 +233,13 @@ def test_mm_validate_finds_a_planted_leak(run, home, tmp_path, capsys, monkeypat
     found = json.loads(capsys.readouterr().out)['leaks']
     assert [(p['image'], p['other']) for p in found['photos']] == [('planted.jpg', items[0].image.name)]
     assert found['captions'] > 0 and read_json(tmp_path/'kept.json')['scores']['leaks'] == found
-    with pytest.raises(SystemExit): mm_validate(str(run), str(folder), split='train', leaks=True, device='cpu')
+    with pytest.raises(SystemExit): mm_validate(str(run), split='train', leaks=True, device='cpu')
     assert 'choose another split' in capsys.readouterr().err
+    for one, other in ('train', '_'), ('test', 'train'), ('_', 'test'):                    # test and train change places
+        (folder/f'Flickr_8k.{one}Images.txt').rename(folder/f'Flickr_8k.{other}Images.txt')
+    mm_validate(str(run), str(folder), beam=1, leaks=True, device='cpu')                   # against what the run learned from
+    said = capsys.readouterr().out
+    assert f'leaks: {len(items)} of {len(items)} photos of test are in train of {scenes(home).name}, too' in said
 
 
 def test_captions_of_flickr8k_that_stand_in_its_training_split_are_as_many_as_the_notebook_says(flickr8k):
