@@ -592,7 +592,7 @@ def test_closed_output_is_no_reason_to_fail(tmp_path):
 
 def test_a_second_ctrl_c_does_not_wait_for_threads():
     code = ('import threading, time\nfrom multimodal.terminal import command\nthread = threading.Thread(target=time.sleep, args=(60,))\n'
-            'def slow():\n    thread.start(); print("begun", flush=True)\n    try: time.sleep(60)\n'
+            'def slow():\n    thread.start()\n    try: print("begun", flush=True); time.sleep(60)\n'
             '    finally: print("waiting", flush=True); thread.join()\ncommand(slow)()')
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for kind, line in (signal.SIGTERM, 'begun\n'), (signal.SIGINT, 'waiting\n'):
