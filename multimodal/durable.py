@@ -121,6 +121,7 @@ def atomic_folder(
 @contextmanager
 def only_one(
     folder: Path,  # of a run; made if need be
+    *alone: str,   # names of files that are worth nothing where there are no others
 ):
     "Within `with`, no other process gets into this folder in this way. Raises `UserError` where one is there already."
     folder = Path(folder)
@@ -137,12 +138,12 @@ def only_one(
     except OSError as e: raise UserError(f'{folder}: cannot be written to ({e.strerror or e})') from None
     try: yield
     finally:
-        sweep(folder, missing)                   # as long as nobody else can be in there
+        sweep(folder, missing, alone)            # as long as nobody else can be in there
         lock.release()
 
-def sweep(folder: Path, made: list):
+def sweep(folder: Path, made: list, alone: tuple = ()):
     "Take away a lock in an otherwise empty folder, and the folders that were made for it"
     with suppress(OSError):
-        if [p.name for p in folder.iterdir()] != ['.lock'] or folder not in made: return
-        (folder/'.lock').unlink()
-        for place in made: place.rmdir()
+        there = sorted(folder.iterdir(), reverse=True)                                             # the lock last
+        if folder not in made or not {p.name for p in there} <= {'.lock', *alone}: return
+        for path in (*there, *made): path.rmdir() if path in made else path.unlink()

@@ -20,7 +20,7 @@ from .checkpoint import check_free, kept_state, read_history, write_history
 from .core import UserError, aside, get_device, place, read_json, set_seed, write_json
 from .dataloaders import CaptionDataset
 from .datasets import CaptionData
-from .durable import damage, only_one, seal, whole_folder
+from .durable import SUMS, damage, only_one, seal, whole_folder
 from .optim import param_groups
 from .recipe import DataConfig, make_loaders, run_config
 from .saving import save_model, stored_tensors
@@ -80,7 +80,7 @@ def train_run(
     "Train into a folder. Raises `UserError` for mistakes, and `Interrupted` after Ctrl-C."
     run, leads, say = Path(run), place()[0] == 0, say if place()[0] == 0 else lambda line: None     # one speaks for all
     config, vocab = prepare(task, data, run, config, resume, init)
-    with only_one(run) if leads else nullcontext():
+    with only_one(run, 'config.json', 'vocab.json', SUMS) if leads else nullcontext():
         if not resume and leads: check_free(run)                   # nobody else was faster
         trainer = make_trainer(task, data, run, config, vocab, resume, cache or run.parent/'features', device, say)
         if not resume: write_recipe(task, run, config, vocab)      # all could be made: now something may be written

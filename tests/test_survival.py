@@ -210,12 +210,25 @@ def test_where_nothing_was_saved_nothing_is_said_to_be_whole(tmp_path):
 def test_nobody_gets_in_while_a_lock_is_taken_away(tmp_path, monkeypatch):
     run, tried = tmp_path/'run', []
     real = multimodal.durable.sweep
-    def sweep(folder, made):
+    def sweep(folder, made, alone):
         lock = FileLock(folder/'.lock')                                     # of its own, as in another process
         try: lock.acquire(timeout=0)
         except Timeout: tried.append('refused')
         else: tried.append('got in')
-        real(folder, made)
+        real(folder, made, alone)
     monkeypatch.setattr(multimodal.durable, 'sweep', sweep)
     with only_one(run): pass
     assert tried == ['refused'] and not run.exists()
+
+
+def test_a_run_that_came_to_nothing_leaves_nothing(data, tmp_path, monkeypatch):
+    def loss(model, batch, **settings):
+        total, n, shown = caption_loss(model, batch, **settings)
+        return total*torch.nan, n, shown
+    monkeypatch.setattr(multimodal.runs, 'caption_loss', loss)
+    task, config = kills.CONFIGS['caption']
+    for run in tmp_path/'new'/'run', tmp_path/'there':
+        if run.name == 'there': run.mkdir()
+        with pytest.raises(UserError, match='became nan at step 1') as e: train_run(task, data, run, config, device='cpu', say=lambda line: None)
+        assert 'saved last' not in str(e.value)
+    assert not (tmp_path/'new'/'run').exists() and (tmp_path/'there'/'config.json').exists()
