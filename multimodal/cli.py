@@ -199,7 +199,7 @@ def mm_search(
         found = find_photos(finder, images, kept, sentence, k, sys.stderr.isatty())
     if json: print_json(found)
     for r in [] if json else found: print(f'{r["score"]:6.3f}  {visible(r["image"])}')
-    if sheet: contact_sheet(found, Path(sheet)); json or print(f'look at {sheet}')         # last: all else is out by now
+    if sheet: contact_sheet(found, Path(sheet)); json or print(f'look at {sheet}')      # last: all else is out by now
 
 # %% ../nbs/40_cli.ipynb #1a24f64a
 @command

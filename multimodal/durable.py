@@ -104,9 +104,8 @@ def atomic_folder(
         yield new
         seal(new)
         for path in (*new.rglob('*'), new): flush(path)
-        if before.exists(): os.rename(before, old)
-        if folder.exists(): os.rename(folder, before)
-        os.rename(new, folder)
+        for place, name in (before, old), (folder, before), (new, folder):
+            if place.exists(): os.rename(place, name)
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as e:                                          # Ctrl-C, too

@@ -97,7 +97,7 @@ def memory_line(error) -> str | None:
 
 @contextmanager
 def stoppable():
-    "While this lasts, SIGTERM stops like Ctrl-C, and a second one of either at once; who starts several stops them, too"
+    "While this lasts, SIGTERM stops like Ctrl-C, and a second one of either at once; of several processes, none"
     asked = []
     def stop(number, frame):
         if asked: os.write(2, b'stopped at once\n'); os._exit(130)               # threads may not want to end

@@ -11,7 +11,7 @@ __all__ = ['known_tasks', 'task_of', 'recipe_for', 'learning_on', 'config_to_tra
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from .core import UserError, aside, atomic_write
+from .core import UserError, atomic_write
 from .scoring import between_limits
 from .terminal import is_drawn, judge_drawn, open_data, shard_index
 

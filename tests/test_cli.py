@@ -576,7 +576,7 @@ def test_ctrl_c_says_how_to_go_on_and_resuming_does(home, tmp_path):
 
 
 def test_what_cannot_be_kept_is_said_before_anything_is_measured(run, home, capsys, tmp_path, monkeypatch):
-    from multimodal.cli import mm_search, mm_validate
+    from multimodal.cli import mm_validate
     monkeypatch.setattr('multimodal.cli.measure', lambda *args: pytest.fail('was measured'))
     (tmp_path/'folder.json').mkdir()
     for out in ('/proc/x.json', str(tmp_path/'folder.json'), str(tmp_path/'x.txt')):
