@@ -33,6 +33,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 GUIDED = 'guided' in sys.argv[1:2]             # by coverage: atheris must see the modules before anybody imports them
@@ -465,7 +466,8 @@ def reader(which, minutes):
     ways, at_start, bad = re.findall(r'cov: (\d+)', said), re.search(r'INITED cov: (\d+)', said), len(list(home.glob('found_*')))
     if not bad: shutil.rmtree(home)
     return {'minutes': round((time.time() - start)/60, 1), 'files': stat('number_of_executed_units'), 'edges_at_start': int(at_start[1]),
-            'edges': int(ways[-1]), 'peak_mb': stat('peak_rss_mb'), 'bad_files': max(bad, r.returncode != 0)}
+            'edges': int(ways[-1]), 'peak_mb': stat('peak_rss_mb'), 'bad_files': max(bad, r.returncode != 0),
+            'with': f'atheris {version("atheris")}, libFuzzer'}
 
 
 def readers(which, minutes, at_once):
