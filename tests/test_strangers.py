@@ -634,7 +634,7 @@ def test_a_description_that_asks_for_more_than_its_weights_hold_takes_no_memory(
     for key, value in (('embedding_dim', 200_000), ('n_layers', 900), ('max_len', 900_000), ('ff_mult', 900_000)):
         path.write_text(json.dumps({**whole, 'captioner': {**whole['captioner'], key: value}}))
         refused(lambda: load_captioner(run/'best'), 'model.safetensors')
-    whole['captioner']['encoder']['image_size'] = 900_000
+    whole['captioner']['encoder']['image_size'] = 9000
     path.write_text(json.dumps(whole))
     refused(lambda: load_captioner(run/'best'), 'model.safetensors')
     assert fuzz.peak_mb() - before < 500
@@ -659,7 +659,7 @@ def test_a_history_of_anything_is_read_or_named(run, line):
 
 
 def test_captions_to_be_scored_that_no_text_can_hold_are_named(tmp_path):
-    from multimodal.terminal import pair_coco
+    from multimodal.scoring import pair_coco
     for name in 'ab': (tmp_path/name).write_text(json.dumps([{'image_id': 1, 'caption': 'a dog'}, {'image_id': 2, 'caption': 'a \ud800 cat'}]))
     refused(lambda: pair_coco(str(tmp_path/'a'), str(tmp_path/'b')), 'entry 2')
 
