@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'DATASETS', 'TERMS', 'checksum_of', 'kind_of', 'check_file', 'SameKind', 'ask', 'Patience', 'TooSlow',
            'size_of', 'fetch_rest', 'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'fetch_flickr8k',
-           'fetch_archive', 'join_archives']
+           'fetch_archive']
 
 # %% ../nbs/01d_download.ipynb #6fb8d516
 import hashlib, http.client, os, re, shutil, time, urllib.request
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
-from .archives import is_taken, our_disk, unpack
+from .archives import is_taken, join_archives, our_disk
 from .core import UserError
 
 # %% ../nbs/01d_download.ipynb #a67ca70b
@@ -157,7 +157,7 @@ def download(
         reason = fetch_whole(url, part, checksum, patience)
         if whole := reason is None: break
         wrong.append(f'{url}: {reason}')
-    kept = f'{size_of(part):,} bytes are kept, run it again to go on' if size_of(part) else 'nothing came'
+    kept = f'{size_of(part):,} bytes are kept in {part}, run it again to go on' if size_of(part) else 'nothing came'
     if not whole: raise UserError(f'{dest.name} not fetched ({kept}): {"; ".join(wrong)}')
     with our_disk(dest): os.replace(part, dest)
     return dest
@@ -198,16 +198,19 @@ def fetch_flickr8k(
     sums = [s.strip() for s in checksum.split(',')] if checksum else list(DATASETS['flickr8k'].values())
     if len(sums) != len(names): raise UserError(f'checksum: give two with a comma between, for {" and ".join(names)}')
     if url and Path(url).is_dir(): url = Path(url).resolve().as_uri()
+    for text, check in ((url or MIRRORS[0], check_url), *((s, kind_of) for s in sums)): check(text)
     say(TERMS)
     beside = root.with_name(f'.{root.name}.part')
+    made = [beside, *(p for p in beside.parents if not p.exists())]
     try:
         for name, wanted in zip(names, sums):
             say(f'fetching {name}')
             fetch_archive(beside/name, wanted, [url] if url else MIRRORS, bool(url and not checksum))
+        join_archives([beside/name for name in names], root, is_flickr8k, 'Flickr8k')
+        shutil.rmtree(beside, ignore_errors=True)
     finally:
-        with suppress(OSError): beside.rmdir()                            # only where nothing came at all
-    with our_disk(root): join_archives([beside/name for name in names], beside/'whole', root)
-    shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made: folder.rmdir()                            # only where nothing is left in it
     return root
 
 # %% ../nbs/01d_download.ipynb #3778b92e
@@ -220,19 +223,6 @@ def fetch_archive(
     "Fetch one archive; where it may rightly have another sum, the message says how to give it"
     try: download([f'{folder.rstrip("/")}/{dest.name}' for folder in folders], dest, checksum)
     except UserError as e:
-        hint = '; archives that are not the published ones need their own sums: --checksum' if others else ''
+        other = others and ' and should be ' in str(e)                    # its sum is another
+        hint = '; archives that are not the published ones need their own sums: --checksum' if other else ''
         raise UserError(f'{e}{hint}') from None
-
-def join_archives(
-    archives: list[Path], # as they came
-    whole: Path, # folder to work in, beside them
-    root: Path, # name for it in the end
-):
-    "Unpack archives side by side, and only then give the folder its name"
-    for folder in (whole, *(a.with_suffix('') for a in archives)): shutil.rmtree(folder, ignore_errors=True)
-    whole.mkdir()
-    for archive in archives:
-        for entry in unpack(archive, archive.with_suffix('')).iterdir(): os.replace(entry, whole/entry.name)
-    if not is_flickr8k(whole): raise UserError(f'{" and ".join(a.name for a in archives)}: hold no Flickr8k')
-    if root.exists(): root.rmdir()
-    os.replace(whole, root)
