@@ -225,4 +225,5 @@ def fetch_archive(
     except UserError as e:
         other = others and ' and should be ' in str(e)                    # its sum is another
         hint = '; archives that are not the published ones need their own sums: --checksum' if other else ''
-        raise UserError(f'{e}{hint}') from None
+        there = ' and '.join(sorted(p.name for p in dest.parent.glob('*.zip')))
+        raise UserError(f'{e}{hint}{f"; {there} came before and is kept in {dest.parent}"*bool(there)}') from None
