@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIRRORS', 'DATASETS', 'TERMS', 'checksum_of', 'kind_of', 'check_file', 'SameKind', 'ask', 'Patience', 'TooSlow',
-           'size_of', 'fetch_rest', 'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'fetch_flickr8k',
+           'size_of', 'fetch_rest', 'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'sums_for', 'fetch_flickr8k',
            'fetch_archive']
 
 # %% ../nbs/01d_download.ipynb #6fb8d516
@@ -183,6 +183,16 @@ def is_flickr8k(root: Path) -> bool:
     "Whether a folder looks like Flickr8k"
     return (root/'Flickr8k.token.txt').is_file() and (root/'Flicker8k_Dataset').is_dir()
 
+# %% ../nbs/01d_download.ipynb #7de0c2ee
+def sums_for(
+    names: list[str], # of archives
+    checksum: str|None, # their sums with commas between; None takes the published ones
+) -> list[str]: # one for each; raises `UserError` where that is not what was given
+    sums = [s.strip() for s in checksum.split(',')] if checksum else list(DATASETS['flickr8k'].values())
+    if len(sums) != len(names): raise UserError(f'checksum: give two with a comma between, for {" and ".join(names)}')
+    for each in sums: kind_of(each)
+    return sums
+
 # %% ../nbs/01d_download.ipynb #5508ac0e
 def fetch_flickr8k(
     root: str|Path, # new folder for it
@@ -192,16 +202,14 @@ def fetch_flickr8k(
 ) -> Path: # the folder, ready for `read_flickr8k`
     "Download, check and unpack Flickr8k; where it is already, nothing is done"
     root, names = Path(root), list(DATASETS['flickr8k'])
+    beside = root.with_name(f'.{root.name}.part')
     if is_flickr8k(root): return root
     if is_taken(root): raise UserError(f'{root}: is not empty; choose another folder')
     if checksum and not url: raise UserError('checksum: goes with url, for archives that are not the published ones')
-    sums = [s.strip() for s in checksum.split(',')] if checksum else list(DATASETS['flickr8k'].values())
-    if len(sums) != len(names): raise UserError(f'checksum: give two with a comma between, for {" and ".join(names)}')
-    if url and Path(url).is_dir(): url = Path(url).resolve().as_uri()
-    for text, check in ((url or MIRRORS[0], check_url), *((s, kind_of) for s in sums)): check(text)
-    say(TERMS)
-    beside = root.with_name(f'.{root.name}.part')
+    if url: check_url(url := Path(url).resolve().as_uri() if Path(url).is_dir() else url)
+    sums = sums_for(names, checksum)
     made = [beside, *(p for p in beside.parents if not p.exists())]
+    say(TERMS)
     try:
         for name, wanted in zip(names, sums):
             say(f'fetching {name}')
@@ -209,8 +217,7 @@ def fetch_flickr8k(
         join_archives([beside/name for name in names], root, is_flickr8k, 'Flickr8k')
         shutil.rmtree(beside, ignore_errors=True)
     finally:
-        with suppress(OSError):
-            for folder in made: folder.rmdir()                            # only where nothing is left in it
+        with suppress(OSError): [folder.rmdir() for folder in made]       # as far as nothing is left in them
     return root
 
 # %% ../nbs/01d_download.ipynb #3778b92e

@@ -68,6 +68,7 @@ def save(self: PhotoIndex):
     except SafetensorError as e: raise UserError(f'{self.file}: cannot be written ({reason(e)}); {elsewhere}') from e
     except UserError as e: raise UserError(f'{e}; {elsewhere}') from e
 
+# %% ../nbs/20b_photoindex.ipynb #013d9c15
 def read_index(
     file: Path,  # that `save` wrote
 ) -> tuple:      # what is in its header, vectors; raises ValueError where it is none
@@ -183,6 +184,7 @@ def search(self: PhotoIndex,
     return [{'image': str(self.folder/self.stamps[i][0]), 'score': score}
             for score, i in zip(best.values.tolist(), best.indices.tolist())]
 
+# %% ../nbs/20b_photoindex.ipynb #29b6b66e
 def check_sheet(
     path: Path,    # picture to write
 ):
