@@ -131,7 +131,7 @@ def read_weights(
         reason = visible((str(e).splitlines() or [type(e).__name__])[0])
         if isinstance(e, UnpicklingError): reason = 'the copy that was kept holds none'      # PyTorch's advice is long
         raise UserError(f'the ImageNet weights cannot be downloaded ({reason}): connect to the network once, or fetch '
-                        f'{known.url} elsewhere and give that file as --weights FILE (or weights=…); '
+                        f'{known.url} elsewhere and give the path of that file as --weights FILE (or weights=…); '
                         "a new model can do without: weights 'none' begins at random") from None
 
 # %% ../nbs/04_encoder.ipynb #e3eac42a
