@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIRRORS', 'DATASETS', 'TERMS', 'checksum_of', 'kind_of', 'check_file', 'SameKind', 'ask', 'Patience', 'TooSlow',
-           'size_of', 'fetch_rest', 'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'fetch_flickr8k',
-           'fetch_archive', 'join_archives']
+           'size_of', 'fetch_rest', 'fetch_whole', 'download', 'check_url', 'is_flickr8k', 'sums_for', 'fetch_flickr8k',
+           'fetch_archive']
 
 # %% ../nbs/01d_download.ipynb #6fb8d516
 import hashlib, http.client, os, re, shutil, time, urllib.request
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
-from .archives import is_taken, our_disk, unpack
+from .archives import is_taken, join_archives, our_disk
 from .core import UserError
 
 # %% ../nbs/01d_download.ipynb #a67ca70b
@@ -157,7 +157,7 @@ def download(
         reason = fetch_whole(url, part, checksum, patience)
         if whole := reason is None: break
         wrong.append(f'{url}: {reason}')
-    kept = f'{size_of(part):,} bytes are kept, run it again to go on' if size_of(part) else 'nothing came'
+    kept = f'{size_of(part):,} bytes are kept in {part}, run it again to go on' if size_of(part) else 'nothing came'
     if not whole: raise UserError(f'{dest.name} not fetched ({kept}): {"; ".join(wrong)}')
     with our_disk(dest): os.replace(part, dest)
     return dest
@@ -183,6 +183,16 @@ def is_flickr8k(root: Path) -> bool:
     "Whether a folder looks like Flickr8k"
     return (root/'Flickr8k.token.txt').is_file() and (root/'Flicker8k_Dataset').is_dir()
 
+# %% ../nbs/01d_download.ipynb #7de0c2ee
+def sums_for(
+    names: list[str], # of archives
+    checksum: str|None, # their sums with commas between; None takes the published ones
+) -> list[str]: # one for each; raises `UserError` where that is not what was given
+    sums = [s.strip() for s in checksum.split(',')] if checksum else list(DATASETS['flickr8k'].values())
+    if len(sums) != len(names): raise UserError(f'checksum: give two with a comma between, for {" and ".join(names)}')
+    for each in sums: kind_of(each)
+    return sums
+
 # %% ../nbs/01d_download.ipynb #5508ac0e
 def fetch_flickr8k(
     root: str|Path, # new folder for it
@@ -192,22 +202,22 @@ def fetch_flickr8k(
 ) -> Path: # the folder, ready for `read_flickr8k`
     "Download, check and unpack Flickr8k; where it is already, nothing is done"
     root, names = Path(root), list(DATASETS['flickr8k'])
+    beside = root.with_name(f'.{root.name}.part')
     if is_flickr8k(root): return root
     if is_taken(root): raise UserError(f'{root}: is not empty; choose another folder')
     if checksum and not url: raise UserError('checksum: goes with url, for archives that are not the published ones')
-    sums = [s.strip() for s in checksum.split(',')] if checksum else list(DATASETS['flickr8k'].values())
-    if len(sums) != len(names): raise UserError(f'checksum: give two with a comma between, for {" and ".join(names)}')
-    if url and Path(url).is_dir(): url = Path(url).resolve().as_uri()
+    if url: check_url(url := Path(url).resolve().as_uri() if Path(url).is_dir() else url)
+    sums = sums_for(names, checksum)
+    made = [beside, *(p for p in beside.parents if not p.exists())]
     say(TERMS)
-    beside = root.with_name(f'.{root.name}.part')
     try:
         for name, wanted in zip(names, sums):
             say(f'fetching {name}')
             fetch_archive(beside/name, wanted, [url] if url else MIRRORS, bool(url and not checksum))
+        join_archives([beside/name for name in names], root, is_flickr8k, 'Flickr8k')
+        shutil.rmtree(beside, ignore_errors=True)
     finally:
-        with suppress(OSError): beside.rmdir()                            # only where nothing came at all
-    with our_disk(root): join_archives([beside/name for name in names], beside/'whole', root)
-    shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError): [folder.rmdir() for folder in made]       # as far as nothing is left in them
     return root
 
 # %% ../nbs/01d_download.ipynb #3778b92e
@@ -220,19 +230,7 @@ def fetch_archive(
     "Fetch one archive; where it may rightly have another sum, the message says how to give it"
     try: download([f'{folder.rstrip("/")}/{dest.name}' for folder in folders], dest, checksum)
     except UserError as e:
-        hint = '; archives that are not the published ones need their own sums: --checksum' if others else ''
-        raise UserError(f'{e}{hint}') from None
-
-def join_archives(
-    archives: list[Path], # as they came
-    whole: Path, # folder to work in, beside them
-    root: Path, # name for it in the end
-):
-    "Unpack archives side by side, and only then give the folder its name"
-    for folder in (whole, *(a.with_suffix('') for a in archives)): shutil.rmtree(folder, ignore_errors=True)
-    whole.mkdir()
-    for archive in archives:
-        for entry in unpack(archive, archive.with_suffix('')).iterdir(): os.replace(entry, whole/entry.name)
-    if not is_flickr8k(whole): raise UserError(f'{" and ".join(a.name for a in archives)}: hold no Flickr8k')
-    if root.exists(): root.rmdir()
-    os.replace(whole, root)
+        other = others and ' and should be ' in str(e)                    # its sum is another
+        hint = '; archives that are not the published ones need their own sums: --checksum' if other else ''
+        there = ' and '.join(sorted(p.name for p in dest.parent.glob('*.zip')))
+        raise UserError(f'{e}{hint}{f"; {there} came before and is kept in {dest.parent}"*bool(there)}') from None

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .archives import check_place
 from .captioner import Captioner, Memory
 from .core import UserError, aside, list_images, load_image, show_images
 from .dataloaders import pad
@@ -139,8 +140,7 @@ def figure_files(
     for photo in photos:
         stem = os.fsencode(photo.stem)[:150].decode('utf-8', 'ignore')                          # names have limits
         names = (folder/f'{stem}_words{f"-{n}" if n > 1 else ""}.png' for n in count(1))
-        files.append(next(f for f in names if same(f) not in taken))
-        taken.add(same(files[-1]))
+        files.append(next(f for f in names if same(f) not in taken)); taken.add(same(files[-1]))
     return files
 
 # %% ../nbs/13_explain.ipynb #9027f25e
@@ -152,9 +152,8 @@ def read_photos(
     "Some photos, for the model and for the eye"
     good = []
     for path in paths:
-        try: photo = load_image(path)
+        try: good.append((path, transform(photo := load_image(path)), shrink(photo)))
         except UserError as e: wrong.append(e)
-        else: good.append((path, transform(photo), shrink(photo)))
     return good
 
 # %% ../nbs/13_explain.ipynb #f31b3794
@@ -173,7 +172,7 @@ def explain_photos(
     folder, rows, wrong = Path(folder), [], []
     old = lambda p: p.parent.resolve() == folder.resolve() and re.search(r'_words(-\d+)?\.png$', p.name)
     if not (photos := [p for p in list_images(paths) if not old(p)]): raise UserError(f'{folder}: figures, no photos')
-    files = dict(zip(photos, figure_files(photos, folder)))
+    files = dict(zip(photos, figure_files(photos, folder))); check_place(files[photos[0]])         # now, not in an hour
     for i in range(0, len(photos), batch_size):
         if not (good := read_photos(photos[i:i + batch_size], ImageTransform(run.config.image_size), wrong)): continue
         for (path, _, small), e in zip(good, explain(run, [pixels for _, pixels, _ in good], config)):

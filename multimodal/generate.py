@@ -35,12 +35,15 @@ class GenerateConfig:
     closer: bool = False         # look at the middle of each look closer too, and average; takes twice the time
 
     def __post_init__(self):
-        c = self
-        wrong = dict(method=c.method not in ('greedy', 'beam', 'sample'), beam=c.beam < 1, min_len=c.min_len < 1,
-                     draws=c.draws < 1, max_len=c.max_len < c.min_len, no_repeat_ngram=c.no_repeat_ngram < 0,
-                     temperature=not c.temperature > 0, top_k=c.top_k < 0, top_p=not 0 < c.top_p <= 1)
-        for name, bad in wrong.items():
-            if bad: raise UserError(f'generate: {name} cannot be {getattr(self, name)!r}')
+        c, K = self, 'from 1 to 1,000'
+        rules = dict(method=(c.method in ('greedy', 'beam', 'sample'), "'greedy', 'beam' or 'sample'"),
+                     beam=(0 < c.beam <= 1000, K), draws=(0 < c.draws <= 1000, K), top_k=(c.top_k >= 0, 'at least 0'),
+                     max_len=(c.max_len >= c.min_len, f'at least min_len, {c.min_len}'),
+                     min_len=(c.min_len >= 1, 'at least 1'), top_p=(0 < c.top_p <= 1, 'above 0, and at most 1'),
+                     no_repeat_ngram=(c.no_repeat_ngram >= 0, 'at least 0'), temperature=(c.temperature > 0, 'above 0'),
+                     length_penalty=(abs(c.length_penalty) <= 10, 'from -10 to 10'))
+        for name, (good, want) in rules.items():
+            if not good: raise UserError(f'generate: {name} is {getattr(self, name)!r}, must be {want}')
 
 # %% ../nbs/08_generate.ipynb #c8821fa3
 def ban_repeats(
@@ -49,8 +52,7 @@ def ban_repeats(
     n: int,  # length of the runs that must not come twice
 ):
     "Rule out words that would complete a run of `n` words for the second time"
-    runs = words.unfold(1, n, 1)                                            # [R, t-n+1, n]
-    newest = words[:, None, words.shape[1]-n+1:]                            # [R, 1, n-1]
+    runs, newest = words.unfold(1, n, 1), words[:, None, words.shape[1]-n+1:]    # [R, t-n+1, n], [R, 1, n-1]
     row, place = (runs[..., :-1] == newest).all(-1).nonzero(as_tuple=True)
     logprobs[row, runs[row, place, -1]] = -torch.inf
 
@@ -120,8 +122,7 @@ def one_by_one(
         for r in ended: captions[photo[r]] = Caption(words[r, :-1].tolist(), total[r].item())
         if len(ended) == len(photo): break
         if ended:
-            left = fill_holes(token != EOS)
-            writing.keep(left, left)
+            writing.keep(left := fill_holes(token != EOS), left)
             photo, luck, total, words = [photo[r] for r in left.tolist()], luck[left], total[left], words[left]
     return captions
 
@@ -143,8 +144,7 @@ def extend(
     V = logprobs.shape[-1]
     every = (total[..., None] + logprobs.view(*total.shape, V)).flatten(1)  # [N, k*V]
     total, index = every.topk(min(j, every.shape[1]))
-    parent, word = index // V, index % V
-    return total, torch.cat([take(words, parent), word[..., None]], -1), parent
+    return total, torch.cat([take(words, parent := index // V), index[..., None] % V], -1), parent
 
 # %% ../nbs/08_generate.ipynb #3d7b6ebb
 def collect(

@@ -54,7 +54,8 @@ class PaintConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         self.painter(vocab_size=5)
-        for ok, key, want in ((0 <= self.blank < 1, 'blank', 'in [0, 1)'), (self.steps >= 1, 'steps', '1 or more'),
+        for ok, key, want in ((0 <= self.blank < 1, 'blank', 'in [0, 1)'),
+                              (1 <= self.steps <= 1000, 'steps', '1 to 1,000'),
                               (0 <= self.guidance < 100, 'guidance', '0 or more, and below 100'),
                               (0 <= self.fresh <= 1, 'fresh', '0 to 1'),
                               (self.sketch_steps >= 0, 'sketch_steps', '0 or more')):

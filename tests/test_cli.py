@@ -92,7 +92,7 @@ def test_wrong_settings(capsys, tmp_path):
     assert 'caption' in go(task='sing')
     assert 'nowhere.pth' in go(weights='nowhere.pth')
     (tmp_path/'fake.pth').write_text('no weights')
-    assert 'weights_only' not in (line := go(weights=str(tmp_path/'fake.pth'))) and 'holds no PyTorch weights' in line
+    assert 'weights_only' not in (line := go(weights=str(tmp_path/'fake.pth'))) and 'holds no ResNet18 weights' in line
     for wrong in ('captions_per_image=-1', 'dev_photos=-1', 'max_words=0', 'patience=-1', 'max_seconds=-1', 'word_dropout=1'):
         assert wrong.split('=')[0] in go(set=SMALL + [wrong])
     assert 'slow' in go(set=SMALL + ['slow=encodr'], device='cpu')
@@ -320,7 +320,7 @@ def test_photos_that_cannot_be_read_are_left_out_of_training_and_said(run, home,
     for photo in broken: photo.write_bytes(photo.read_bytes()[:200])
     (data/'Flicker8k_Dataset'/load_dataset(data)['train'][1].image.name).unlink()
     capsys.readouterr()
-    mm_train(str(data), str(tmp_path/'run'), epochs=1, device='cpu', set=SMALL + ['weights=none', f'trainable={trainable}'])
+    mm_train(str(data), str(tmp_path/'run'), epochs=1, device='cpu', set=SMALL + ['below=1', 'weights=none', f'trainable={trainable}'])
     out, err = capsys.readouterr()
     assert 'left out 1: photo missing, such as' in out                     # found out while reading the lists
     assert broken[0].name in out + err and broken[1].name not in out + err
@@ -374,7 +374,7 @@ def test_few_photos_without_lists_of_splits(home, tmp_path, capsys):
     (tmp_path/'few').mkdir()
     for p in few: shutil.copy(p, tmp_path/'few')
     (tmp_path/'few'/'captions.txt').write_text('image,caption\n' + ''.join(f'{p.name},a thing\n' for p in few))
-    assert 'too few photos' in mistake(capsys, mm_train, str(tmp_path/'few'), str(tmp_path/'run'), set=SMALL)
+    assert 'too few photos' in mistake(capsys, mm_train, str(tmp_path/'few'), str(tmp_path/'run'), set=SMALL + ['below=1'])
 
 
 def test_numbers_are_kept_with_all_that_they_depend_on(run, home, tmp_path, capsys):

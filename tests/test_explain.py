@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing_half_written(runs, folder, tmp_path, monkeyp
     assert len(left) == 1
     with Image.open(left[0]) as figure: figure.load()                                  # the first one is whole
     (tmp_path/'file').write_text('')
-    with pytest.raises(UserError, match='cannot be written'):
+    with pytest.raises(UserError, match='file: is a file, where a folder'):
         explain_photos(runs['cross'], folder/'cat.png', tmp_path/'file')
 
 
