@@ -190,9 +190,10 @@ def mm_search(
 ):
     "The photos of a folder that fit a sentence; looks at new photos first, and at each photo once"
     from multimodal.finder import load_finder
-    from multimodal.photoindex import contact_sheet, find_photos, index_file
+    from multimodal.photoindex import check_sheet, contact_sheet, find_photos, index_file
     if not images: raise UserError('--images FOLDER is missing: say where the photos are')
     if not Path(run).is_dir(): raise UserError(f'{run}: no such run folder; train one with mm_train --task retrieve')
+    if sheet: check_sheet(Path(sheet))
     with quiet():
         finder = load_finder(Path(run), weights, device)
         kept = index_file(home()/'search', images, run)

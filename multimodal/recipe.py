@@ -149,6 +149,8 @@ def changed(
     "A configuration with some settings changed. Raises `UserError` for names and values that do not exist."
     now = asdict(config)
     given = {k: str(v) if isinstance(now.get(k), str) and type(v) in (int, float) else v for k, v in given.items()}
+    stage = given.get('stage')
+    if type(stage) is int and 'below' not in given: now['below'] = max(0, min(now['below'], stage - 1))
     return run_config({**now, **given}, 'settings', type(config))
 
 # %% ../nbs/10a_recipe.ipynb #212dfc8d

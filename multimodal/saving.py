@@ -163,7 +163,7 @@ def load_model(
     if saved.get('vocab') != vocab.fingerprint():
         raise UserError(f'{folder}: vocab.json does not hold the words that the model was trained with')
     if weights not in (None, 'imagenet') and not Path(weights).is_file():                   # whether needed or not
-        raise UserError(f'weights {weights}: no such file')
+        raise UserError(f'weights {weights}: {"is a folder" if Path(weights).is_dir() else "no such file"}')
     check_sketch(kind, config, folder/'model.safetensors')
     model = kind(with_trunk(config, weights))
     if not keeps_trunk(config) and saved.get('trunk') != model.encoder.weights_fingerprint():

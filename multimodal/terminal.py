@@ -8,7 +8,7 @@ __all__ = ['typed', 'command', 'short_waits', 'few_shapes', 'spell_out', 'stop_b
            'data_to_measure', 'judge_drawn', 'settings']
 
 # %% ../nbs/39c_terminal.ipynb #4c144275
-import ctypes, errno, json, math, os, re, signal, sys, threading
+import ctypes, errno, json, logging, math, os, re, signal, sys, threading
 from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from functools import wraps
@@ -134,7 +134,8 @@ def print_json(value):
     print(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 def quiet():
-    "While this lasts, what libraries print goes to standard error"
+    "While this lasts, what libraries print goes to standard error, and Matplotlib keeps its advice to itself"
+    logging.getLogger('matplotlib').setLevel(logging.ERROR)
     return redirect_stdout(Shown(sys.stderr))
 
 def say_left_out(lines: list, n: int):

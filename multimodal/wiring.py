@@ -209,7 +209,7 @@ def check_drawing(
     wrong = ((Path(out).suffix.lower() != '.png', f'--out {out}: should end in .png'),
              (n < 1, f'--n {n}: must be at least 1'), (scale < 1, f'--scale {scale}: must be at least 1'),
              (not 0 <= seed < 2**32, f'--seed {seed}: choose a whole number from 0 to {2**32 - 1}'),
-             (steps is not None and steps < 1, f'--steps {steps}: must be at least 1'),
+             (steps is not None and not 1 <= steps <= 1000, f'--steps {steps}: choose a whole number from 1 to 1,000'),
              (not 0 <= (guidance or 0) <= 100, f'--guidance {guidance}: choose a number from 0 to 100'),
              (size not in (None, side), f'--size {size}: this painter draws pictures of {side} pixels and no others; '
                                         f'train one with mm_train --task paint --size {size}, or enlarge with --scale'),
