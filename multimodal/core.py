@@ -8,7 +8,7 @@ __all__ = ['PHOTO_ENDINGS', 'UserError', 'visible', 'aside', 'Shown', 'set_seed'
            'once', 'read_json']
 
 # %% ../nbs/00_core.ipynb #dcc43c60
-import contextlib, io, json, os, random, re, stat, sys, textwrap, uuid, warnings
+import contextlib, io, json, os, random, re, safetensors, stat, sys, textwrap, uuid, warnings
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #f7ac78c3
@@ -209,8 +209,9 @@ def atomic_write(
         flush(beside)
         os.replace(beside, path)
         flush(path.parent)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror or error}); nothing was changed there') from error
+    except (OSError, safetensors.SafetensorError) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise UserError(f'{path}: cannot be written ({why}); nothing was changed there') from error
     finally:
         with contextlib.suppress(OSError): beside.unlink()
 

@@ -150,7 +150,7 @@ def changed(
     now = asdict(config)
     given = {k: str(v) if isinstance(now.get(k), str) and type(v) in (int, float) else v for k, v in given.items()}
     stage = given.get('stage')
-    if type(stage) is int and 'below' not in given: now['below'] = max(0, min(now['below'], stage - 1))
+    if type(stage) is int and 'below' in now.keys() - given.keys(): now['below'] = max(0, min(now['below'], stage - 1))
     return run_config({**now, **given}, 'settings', type(config))
 
 # %% ../nbs/10a_recipe.ipynb #212dfc8d

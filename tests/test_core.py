@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from safetensors import SafetensorError
 
 from multimodal.core import (UserError, as_array, atomic_write, get_device, list_images, load_image, read_json,
                              set_seed, show_images, write_json)
@@ -348,3 +349,9 @@ print(json.dumps([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys
 '''
     r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(r.stdout) == []
+
+
+def test_a_disk_that_is_full_for_safetensors_is_one_line_too(tmp_path):
+    with pytest.raises(UserError, match='a.safetensors: cannot be written'):
+        with atomic_write(tmp_path/'a.safetensors'): raise SafetensorError('Error while serializing: I/O error: No space left')
+    assert not list(tmp_path.iterdir())
