@@ -428,8 +428,8 @@ def test_mistakes_get_one_line_and_status_2(run, judge, tmp_path):
         status, said, err = draw(*args)
         assert (status, said) == (2, '') and len(err.splitlines()) == 1, (args, err)
         assert len(err) < 1000 and err.startswith('mm_draw: ') and all(w in err for w in wanted), (wanted, err)
-    status, said, err = draw('', *good)                            # as if there were none, which argparse says in its own way
-    assert (status, said) == (2, '') and 'required: sentence' in err.splitlines()[-1]
+    status, said, err = draw('', *good)
+    assert (status, said, err) == (2, '', 'mm_draw: sentence: is empty\n')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['broken', 'file']                    # nothing was written
 
 
