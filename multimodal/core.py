@@ -179,7 +179,7 @@ def list_images(
     paths, found = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)], []
     for path in paths:
         if not path.exists(): raise UserError(f'{path}: no such file or folder')
-        inside = sorted(p for p in path.rglob('*') if is_photo(p) and p.is_file()) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob('*') if is_photo(p) and not p.is_dir()) if path.is_dir() else [path]
         found += [p for p in inside if not p.name.startswith('.') or p in paths]
     if not found: raise UserError(f'{", ".join(map(str, paths)) or "nothing"}: no photos in there')
     return list(dict.fromkeys(found))

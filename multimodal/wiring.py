@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['known_tasks', 'task_of', 'recipe_for', 'learning_on', 'config_to_train', 'what_next', 'measure_painter', 'ask',
-           'learned_from', 'joined', 'opened', 'captioner', 'measure', 'in_words', 'drawing_sheet', 'check_drawing',
-           'draw_file']
+           'learned_from', 'all_learned_from', 'joined', 'opened', 'captioner', 'measure', 'in_words', 'drawing_sheet',
+           'check_drawing', 'draw_file']
 
 # %% ../nbs/39d_wiring.ipynb #e78d4d2c
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from .core import UserError, atomic_write
+from .core import UserError, aside, atomic_write
 from .scoring import between_limits
 from .terminal import is_drawn, judge_drawn, open_data, shard_index
 
@@ -77,9 +77,8 @@ def config_to_train(
 
 def what_next(task, run: str) -> str:
     "A command to try with a trained run"
-    return {'caption': f'mm_caption PHOTO --run {run}',
-            'retrieve': f'mm_search SENTENCE --images FOLDER --run {run}',
-            'paint': f'mm_draw SENTENCE --run {run}'}[task.name]
+    return {'caption': f'mm_caption PHOTO --run {run}', 'paint': f'mm_draw SENTENCE --run {run}',
+            'retrieve': f'mm_search SENTENCE --images FOLDER --run {run}'}[task.name]
 
 # %% ../nbs/39d_wiring.ipynb #2f2157fd
 def measure_painter(painter, data, split: str, drawn: bool, judge: str | None, weights: str | None) -> dict:
@@ -104,10 +103,19 @@ def learned_from(trained, option: str):  # `CaptionData`
     if trained.config.data: return open_data(trained.config.data)
     raise UserError(f'{option}: {trained.folder} does not name its training data')
 
+def all_learned_from(trained):  # `CaptionData`
+    "As `learned_from`, for leaks; says so where a run that this one was started from may have learned from other data"
+    from multimodal.tasks import read_task
+    first = trained.config.init
+    if first and not (Path(first).is_dir() and read_task(first)[1].get('data') == trained.config.data):
+        aside(f'leaks: {first}, from which this run went on, may have learned from other data, which is not looked at')
+    return learned_from(trained, '--leaks')
+
 # %% ../nbs/39d_wiring.ipynb #ddd1666a
-def joined(trained, also: str | None, weights: str | None, device: str | None):  # `TrainedRun`
-    "A captioner with others, named with commas between them, or any run alone. Raises `UserError` for what cannot be."
+def joined(trained, neighbours: bool, also: str | None, weights: str | None, device: str | None):  # `TrainedRun`
+    "A captioner with its neighbours, or with others, named with commas, or any run alone. `UserError`: that cannot be"
     from multimodal.ensemble import together; from multimodal.runs import Run, load_run
+    if neighbours: ask(trained)
     if not also: return trained
     if not isinstance(trained, Run): raise UserError(f'--also: {trained.folder} is no captioner')
     if not (names := [name for name in also.split(',') if name]): raise UserError(f'--also {also}: names no run folder')
@@ -118,8 +126,7 @@ def opened(run: str, weights: str | None, device: str | None, neighbours: bool, 
     "A `TrainedRun` of any task, its neighbours asked if so wished, with others if there are any"
     from multimodal.tasks import open_run
     trained = open_run(task_of(None, run), Path(run), weights, device)
-    if neighbours: ask(trained)
-    return joined(trained, also, weights, device)
+    return joined(trained, neighbours, also, weights, device)
 
 def captioner(run: str | None, weights: str | None, device: str | None, neighbours: bool, also: str | None = None):
     "The `Run` in a folder, or that which comes with the package. Raises `UserError` where there is none."
@@ -128,8 +135,7 @@ def captioner(run: str | None, weights: str | None, device: str | None, neighbou
         raise UserError(f'{run}: no such run folder; train one with mm_train, or take the demo\'s with --run demo/run')
     if neighbours and not run: raise UserError('--neighbours: give --run RUN, one whose training photos are here')
     trained = load_run(Path(run) if run else shipped_captioner(), weights, device)
-    if neighbours: ask(trained)
-    return joined(trained, also, weights, device)
+    return joined(trained, neighbours, also, weights, device)
 
 # %% ../nbs/39d_wiring.ipynb #e9844203
 def measure(
@@ -149,7 +155,7 @@ def measure(
     from multimodal.finder import Finder; from multimodal.leaks import find_leaks
     from multimodal.neighbours import way_to_write; from multimodal.painter import PaintRun
     from multimodal.variety import rows_variety, with_doubts
-    found = {'leaks': find_leaks(data, split, learned=learned_from(trained, '--leaks'))} if leaks else {}
+    found = {'leaks': find_leaks(data, split, learned=all_learned_from(trained))} if leaks else {}
     if isinstance(trained, PaintRun):
         return {'task': 'paint', **measure_painter(trained, data, split, drawn, judge, weights), **found}
     if judge: raise UserError(f'--judge {judge}: only a painter is judged by another run, and {trained.folder} is none')

@@ -176,6 +176,10 @@ def test_list_images(tmp_path):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).touch()
     assert [p.name for p in list_images(tmp_path)] == ['a.png', 'b.JPG', 'c.webp', 'd.gif']
+    (tmp_path/'lost.jpg').symlink_to(tmp_path/'gone.jpg')
+    os.mkfifo(tmp_path/'pipe.jpg')
+    assert [p.name for p in list_images(tmp_path)][-2:] == ['lost.jpg', 'pipe.jpg']             # to be named, and not passed over
+    for name in 'lost.jpg', 'pipe.jpg': (tmp_path/name).unlink()
     assert list_images([tmp_path/'notes.txt']*2) == [tmp_path/'notes.txt']      # asked for by name; given once
     assert list_images(str(tmp_path/'a.png')) == [tmp_path/'a.png']
     for wrong in ([], tmp_path/'nowhere', [tmp_path/'a.png', tmp_path/'nowhere']):

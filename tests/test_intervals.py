@@ -101,7 +101,7 @@ def test_an_interval_is_reproduced_by_its_seed_and_holds_the_score():
 
 def test_equal_captioners_do_not_differ():
     for x in paired(ONE, ONE, 200).values():
-        if x: assert x == (0, 0, 0, 1)
+        if x: assert x == pytest.approx((0, 0, 0, 1), abs=1e-12)              # sums of the same numbers, in any order
 
 
 def test_who_is_called_first_decides_the_sign_only():

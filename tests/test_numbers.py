@@ -24,7 +24,7 @@ from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
 from multimodal.captioner import FUSIONS, Captioner, CaptionerConfig
-from multimodal.core import UserError, read_json
+from multimodal.core import UserError, read_json, write_json
 from multimodal.dataloaders import Batch
 from multimodal.datasets import CaptionData, Item, load_dataset
 from multimodal.encoder import EncoderConfig
@@ -238,8 +238,15 @@ def test_mm_validate_finds_a_planted_leak(run, home, tmp_path, capsys, monkeypat
     for one, other in ('train', '_'), ('test', 'train'), ('_', 'test'):                    # test and train change places
         (folder/f'Flickr_8k.{one}Images.txt').rename(folder/f'Flickr_8k.{other}Images.txt')
     mm_validate(str(run), str(folder), beam=1, leaks=True, device='cpu')                   # against what the run learned from
-    said = capsys.readouterr().out
+    said, aside = capsys.readouterr()
     assert f'leaks: {len(items)} of {len(items)} photos of test are in train of {scenes(home).name}, too' in said
+    assert 'went on' not in aside
+    config = read_json(run/'config.json')
+    shutil.copytree(run, later := tmp_path/'later')
+    (later/'SHA256SUMS').unlink()
+    write_json(later/'config.json', {**config, 'init': str(tmp_path/'gone')})
+    mm_validate(str(later), beam=1, leaks=True, device='cpu')
+    assert 'gone, from which this run went on, may have learned from other data' in capsys.readouterr().err
 
 
 def test_captions_of_flickr8k_that_stand_in_its_training_split_are_as_many_as_the_notebook_says(flickr8k):
