@@ -58,10 +58,10 @@ def mm_augment(
 ):
     "Show what augmentation does to photos and their captions, or write augmented copies of a data set"
     from multimodal.augment import AugmentConfig, augment_dataset, augment_sheet
+    from multimodal.photoindex import check_sheet
     if not out and not sheet: raise UserError('nothing to do: say --sheet FILE to see it, or --out DIR to write copies')
     if copies < 1: raise UserError(f'--copies {copies}: must be at least 1')
-    if sheet and Path(sheet).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
-        raise UserError(f'--sheet {sheet}: should end in .png, .jpg, .pdf or .svg')
+    if sheet: check_sheet(Path(sheet))
     captions = open_data(data)
     if sheet:
         augment_sheet(captions, AugmentConfig(), seed, sheet)

@@ -66,15 +66,14 @@ class EncoderConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f'encoder: {name} is {getattr(self, name)!r}, must be one of {allowed}')
-        if not 0 <= self.below < self.stage:
-            raise UserError(f'encoder: below is {self.below}, must be less than stage, {self.stage}, and 0 or more')
+        if self.below < 0: raise UserError(f'encoder: below is {self.below}, must be 0 or more')
         if self.image_size < 8: raise UserError(f'encoder: image_size is {self.image_size}, must be at least 8')
         if not 0 <= self.dropout < 1: raise UserError(f'encoder: dropout is {self.dropout}, must be from 0 to below 1')
 
 # %% ../nbs/04_encoder.ipynb #3974ea7b
 @patch(as_prop=True)
 def stages(self: EncoderConfig) -> range:  # numbers of the stages whose maps are passed on
-    return range(self.stage - self.below, self.stage + 1)
+    return range(max(1, self.stage - self.below), self.stage + 1)
 
 @patch(as_prop=True)
 def channels(self: EncoderConfig) -> int:  # C, numbers per place that the trunk gives

@@ -23,7 +23,7 @@ def lower_half(
     c, n = encoder.config, UPPER.get(encoder.config.trainable, 0)
     if not 0 < n < c.stage: return None
     config = replace(c, stage=c.stage - n, below=max(c.below - n, 0), trainable='none', pool='grid', weights='none')
-    sides = [replace(c, stage=s, below=0).side for s in range(min(config.stages[0], c.stages[0]), c.stage + 1)]
+    sides = [replace(c, stage=s).side for s in range(min(config.stages[0], c.stages[0]), c.stage + 1)]
     if any(a != 2*b for a, b in zip(sides, sides[1:])): return None
     half = ImageEncoder(config)
     half.trunk = nn.Sequential(OrderedDict(list(encoder.trunk.named_children())[:-n])).eval()

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .archives import check_place
 from .core import UserError, aside, atomic_write, list_images, load_image, show_images
-from .durable import reason
 from .finder import Finder
 from .views import left_out_line
 
@@ -65,7 +64,6 @@ def save(self: PhotoIndex):
     try:
         with atomic_write(self.file) as new:
             save_file({'vectors': self.vectors}, str(new), {'index': json.dumps(about)})
-    except SafetensorError as e: raise UserError(f'{self.file}: cannot be written ({reason(e)}); {elsewhere}') from e
     except UserError as e: raise UserError(f'{e}; {elsewhere}') from e
 
 # %% ../nbs/20b_photoindex.ipynb #013d9c15

@@ -151,7 +151,10 @@ def changed(
     given = {k: str(v) if isinstance(now.get(k), str) and type(v) in (int, float) else v for k, v in given.items()}
     stage = given.get('stage')
     if type(stage) is int and 'below' in now.keys() - given.keys(): now['below'] = max(0, min(now['below'], stage - 1))
-    return run_config({**now, **given}, 'settings', type(config))
+    config = run_config({**now, **given}, 'settings', type(config))
+    if 'below' in given and config.below >= config.stage:                  # runs of old may have it: all that there are
+        raise UserError(f'settings: below must be less than stage, {config.stage}, not {config.below}')
+    return config
 
 # %% ../nbs/10a_recipe.ipynb #212dfc8d
 def hide_words(

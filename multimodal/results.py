@@ -7,11 +7,12 @@ __all__ = ['CARD', 'CARD_END', 'data_facts', 'without_folders', 'given_weights',
            'write_result', 'way_of', 'read_results', 'mean_and_spread', 'model_card']
 
 # %% ../nbs/38_results.ipynb #26dac89c
-import hashlib, os, platform, statistics, sys, tempfile
+import hashlib, os, platform, statistics, sys
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from .archives import check_place
 from .core import UserError, read_json, write_json
 from .datasets import CaptionData
 from .download import checksum_of
@@ -68,11 +69,7 @@ def program_facts() -> dict:  # command, versions, processor cores, date
 def check_name(file: Path):
     "Raises `UserError` where that is no name for a result, or a place where nothing can be written"
     if Path(file).suffix != '.json': raise UserError(f'{file}: results are kept as JSON; choose a name ending in .json')
-    if Path(file).is_dir(): raise UserError(f'{file}: is a folder; name a file')
-    place = next(p for p in Path(file).absolute().parents if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place) as f: f.write(bytes(100_000))
-    except OSError as e: raise UserError(f'{file}: cannot be written ({e.strerror})') from None
+    check_place(file)
 
 def write_result(
     file: Path,         # JSON to write

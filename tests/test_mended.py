@@ -4,6 +4,7 @@ import hashlib
 import os
 import zipfile
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,9 @@ from safetensors import SafetensorError
 from multimodal.archives import check_place
 from multimodal.core import UserError
 from multimodal.download import fetch_flickr8k
-from multimodal.encoder import EncoderConfig, read_weights
+from multimodal.encoder import read_weights
 from multimodal.generate import GenerateConfig
+from multimodal.recipe import PHOTOS as RECIPE, changed, run_config
 
 
 def files(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*'))
@@ -121,7 +123,9 @@ def test_a_picture_takes_at_most_a_thousand_steps():
 
 @pytest.mark.parametrize('stage,below', [(4, 9), (4, 4), (1, 1)])
 def test_no_more_stages_are_told_than_there_are_below(stage, below):
-    with pytest.raises(UserError, match=f'below is {below}, must be less than stage, {stage}'): EncoderConfig(stage=stage, below=below)
+    with pytest.raises(UserError, match=f'below must be less than stage, {stage}, not {below}'): changed(RECIPE, dict(stage=stage, below=below))
+    old = replace(RECIPE, stage=stage, below=below)                         # as in a run from before: it stays what it was
+    assert run_config(asdict(old)) == old and old.encoder().stages == range(1, stage + 1)
 
 
 # Weights

@@ -87,7 +87,6 @@ plain = {int: st.integers(1, 8), bool: st.just(False), str: st.text('abc/', max_
 free = {f.name: plain[type(f.default)] for f in fields(RunConfig)
         if f.name not in ('fusion', 'stage', 'pool', 'trainable', 'views', 'precision', 'optimizer', 'image_size', 'n_heads',
                           'samples')}
-free['below'] = st.integers(0, 3)                                          # the last stage is 4
 
 
 @given(st.fixed_dictionaries({}, optional=free))
