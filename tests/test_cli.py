@@ -274,7 +274,7 @@ def test_sheets_are_pictures_and_their_folder_is_made(home, tmp_path, capsys):
         mm_augment('shapes:60', sheet=str(tmp_path/'new'/name))
         assert (tmp_path/'new'/name).stat().st_size > 1000
     (tmp_path/'file').touch()
-    assert 'sheet.png' in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/'file'/'sheet.png'))
+    assert 'file: is a file' in mistake(capsys, mm_augment, 'shapes:60', sheet=str(tmp_path/'file'/'sheet.png'))
 
 
 @pytest.mark.parametrize('given', [{}, {'OMP_WAIT_POLICY': 'ACTIVE'}, {'GOMP_SPINCOUNT': '7'}])
